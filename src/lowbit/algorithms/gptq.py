@@ -1,0 +1,121 @@
+"""GPTQ: round one column at a time and let the columns still to come repair the error (arXiv:2210.17323).
+
+Minimizes |x (w - w^)^T|^2 over the calibration tokens, whose second moment is H = E[x x^T]:
+
+    U = upper Cholesky factor of (H + damping mean(diag H) I)^-1
+    for each column i:   q_i = round(w_i / scale);   e = (w_i - w^_i) / U_ii;   w_j -= e U_ij  for all j > i
+
+Columns are taken in the order of falling H_ii ("act-order"), with scales chosen beforehand on the original weights in
+their natural groups ("static groups"), so nothing about the order needs to be stored. With plain min/max scales that
+order loses to the natural one; with scales searched under the weights H_jj it wins (see docs/log.md).
+
+A column that no token excites (H_jj = 0) leaves its weights at zero. When H is not positive definite even so, the
+damping grows tenfold and the solution says by how much.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowbit.algorithms.scales import ScaleSearch, search_scale
+from lowbit.algorithms.solution import Solution
+from lowbit.errors import InputError
+from lowbit.numerics.affine import decode, per_element, round_to
+from lowbit.numerics.scheme import TensorScheme
+
+MAX_DAMPING = 10.0
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """damping is a share of mean(diag H); act_order takes columns by falling diag H; block columns are updated lazily."""
+
+    damping: float = 0.01
+    act_order: bool = True
+    block: int = 128
+    search: ScaleSearch | None = field(default_factory=ScaleSearch)
+
+
+def solve_gptq(
+    w: Tensor, second_moment: Tensor, scheme: TensorScheme, dtype: torch.dtype, options: GptqOptions | None = None
+) -> Solution:
+    """Codes, scale and zero-point for w [N, K] given second_moment [K, K] = E[x x^T].
+
+    Rows are independent: layers that read the same input may be stacked along N. `dtype` is that of the stored scale.
+    Raises InputError when no damping up to 10 makes the second moment positive definite.
+    """
+    options = options or GptqOptions()
+    moment = second_moment.float().clone()
+    dead = moment.diagonal() == 0
+    moment.diagonal()[dead] = 1
+    w = torch.where(dead, 0, w.float())
+    scale, zero = search_scale(w, scheme, dtype, options.search, moment.diagonal())
+    order = moment.diagonal().argsort(descending=True, stable=True) if options.act_order else None
+    if order is not None:
+        moment = moment[order][:, order]
+    factor, damping = inverse_factor(moment, options.damping)
+    q = _round_columns(w, factor, scale, zero, scheme, order, options.block)
+    return Solution(q, scale, zero, decode(q, scale, zero, scheme), damping)
+
+
+def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
+    """(U, damping used) with U^T U = (H + damping mean(diag H) I)^-1, U upper triangular float32 [K, K].
+
+    Factored in float64. The damping grows tenfold until the factorization succeeds.
+    """
+    double = moment.double()
+    mean = double.diagonal().mean()
+    while damping <= MAX_DAMPING:
+        damped = double.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and factor.isfinite().all():
+                return factor.float(), damping
+        damping = max(damping * 10, 1e-4)
+    raise InputError(
+        f"the second moment of a layer's inputs is not positive definite, even with damping {MAX_DAMPING}; "
+        "calibrate on more tokens or choose --method rtn"
+    )
+
+
+def _round_columns(
+    w: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: TensorScheme,
+    order: Tensor | None,
+    block: int,
+) -> Tensor:
+    """Codes int8 [N, K] in natural column order. Works on the transpose, whose rows (columns of w) are contiguous."""
+    rows, columns = w.shape
+    order = torch.arange(columns, device=w.device) if order is None else order
+    left = w.T[order].contiguous()  # [N, K] -> [K, N], in solving order
+    steps = _column_parameters(scale, w, scheme, order)
+    shifts = None if zero is None else _column_parameters(zero, w, scheme, order)
+    q = torch.empty(columns, rows, dtype=torch.int8, device=w.device)
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        errors = torch.empty(end - start, rows, device=w.device)
+        panel, corner = left[start:end], factor[start:end, start:end]
+        for i in range(end - start):
+            step, shift = steps[start + i], 0 if shifts is None else shifts[start + i]
+            code = round_to(panel[i] / step + shift, scheme.format)
+            q[start + i] = code
+            torch.div(panel[i] - (code - shift) * step, corner[i, i], out=errors[i])
+            panel[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    natural = torch.empty_like(q)
+    natural[order] = q
+    return natural.T.contiguous()  # [K, N] -> [N, K]
+
+
+def _column_parameters(parameter: Tensor, w: Tensor, scheme: TensorScheme, order: Tensor) -> Tensor:
+    """A scale or zero-point as float32 [K, 1 or N], one row per column of w in solving order."""
+    columns = per_element(parameter.float(), scheme)
+    if columns.dim() == 1:
+        return columns.expand(w.shape[1], 1)  # per tensor: [1] -> [K, 1]
+    return columns.expand(-1, w.shape[1]).T[order].contiguous()  # [N, K or 1] -> [K, N]

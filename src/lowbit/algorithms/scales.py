@@ -1,0 +1,83 @@
+"""Scales that lose least: clip search, judged by a weighted error.
+
+For each group of weights under one scale, shrink the range by p and keep the p with the smallest
+
+    error(p) = sum_j importance_j |w_j - decode(encode(w_j))|^norm
+
+importance is E[x_j^2], the diagonal of the layer's second moment (importance matrix), or 1 without data. norm 2.4 is
+GPTQ's `--mse` search (IST-DASLab/gptq, quant.py); with importances 2 is the layer's own squared output error.
+A symmetric grid holds one more step below zero than above, [-2^(B-1), 2^(B-1) - 1], so the sign of its scale is free:
+both signs are tried, and the longer side goes to the larger tail (as in GGUF's Q4_0).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.affine import choose_scale, group_view, round_to, value_range
+from lowbit.numerics.scheme import TensorScheme
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """The candidates p = 1 down to `smallest` in `steps` steps, and the error's exponent."""
+
+    steps: int = 24
+    smallest: float = 0.55
+    norm: float = 2.0
+    signed: bool = True
+
+
+def search_scale(
+    w: Tensor, scheme: TensorScheme, dtype: torch.dtype, search: ScaleSearch | None, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(scale in `dtype`, zero) for w [N, K] float32 with the least weighted error; min/max scales when search is None.
+
+    importance [K] float32 >= 0, or None for equal weights. Shapes of scale and zero as in numerics/affine.py.
+    """
+    low, high = value_range(w, scheme)
+    best_scale, best_zero = choose_scale(low, high, scheme, dtype)
+    if search is None:
+        return best_scale, best_zero
+    weight = _importance_view(w, scheme, importance)
+    grouped = group_view(w, scheme)
+    best_error = torch.full_like(low, torch.inf)
+    for step in range(search.steps + 1):
+        p = 1 - step * (1 - search.smallest) / search.steps
+        scale, zero = choose_scale(p * low, p * high, scheme, dtype)
+        candidates = [(scale, zero)]
+        if scheme.symmetric and search.signed:
+            candidates.append((-scale, zero))
+        for scale, zero in candidates:
+            error = _weighted_error(grouped, scale, zero, scheme, weight, search.norm)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            if zero is not None and best_zero is not None:
+                best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _importance_view(w: Tensor, scheme: TensorScheme, importance: Tensor | None) -> Tensor | None:
+    """importance [K] shaped like group_view(w), without copying it for each row; None where all are alike."""
+    if importance is None:
+        return None
+    if scheme.granularity == "tensor":
+        return importance.expand_as(w).reshape(1, -1)
+    return group_view(importance, scheme)
+
+
+def _weighted_error(
+    grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, weight: Tensor | None, norm: float
+) -> Tensor:
+    """sum over each group of weight * |w - decode(encode(w))|^norm, in the shape of scale."""
+    step = scale.float().unsqueeze(-1)
+    scaled = grouped / step
+    if zero is not None:
+        shift = zero.float().unsqueeze(-1)
+        error = (round_to(scaled + shift, scheme.format).float() - shift - scaled) * step
+    else:
+        error = (round_to(scaled, scheme.format).float() - scaled) * step
+    error = error.square_() if norm == 2 else error.abs_().pow_(norm)
+    return (error if weight is None else error * weight).sum(-1)

@@ -1,0 +1,28 @@
+"""lowbit's exceptions.
+
+LowbitError(ValueError)
+|-- InputError         the user gave something that cannot work; the message says what to do   (exit code 2)
+|   |-- SchemeError    a scheme's text or its fit to a layer
+|   `-- CheckpointError  a file that is missing, truncated or holds the wrong thing
+`-- GateError          everything ran, and a limit that was asked for does not hold            (exit code 3)
+"""
+
+
+class LowbitError(ValueError):
+    """The root of lowbit's exceptions."""
+
+
+class InputError(LowbitError):
+    """Something that the user gave cannot work."""
+
+
+class SchemeError(InputError):
+    """A scheme that does not parse or does not fit a layer."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is missing, truncated or holds the wrong thing."""
+
+
+class GateError(LowbitError):
+    """A limit that was asked for does not hold."""

@@ -1,0 +1,70 @@
+"""Which kernel runs an op: candidates in order of preference, each with its reason when it can't run.
+
+A candidate's `refusal` looks at the arguments and answers None or a sentence. `pick` takes the first that does not
+refuse; `explain` tells what every candidate said; `use` names one, within a `with` block, and then a refusal is an error
+instead of a silent second choice.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowbit.errors import InputError
+from lowbit.kernels import cpu, reference
+from lowbit.tensors import PackedWeight
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel of one op: its name, the function, and why it can't run for given arguments."""
+
+    name: str
+    run: Callable[..., Tensor]
+    refusal: Callable[[Tensor, PackedWeight], str | None]
+
+
+def _runs_anywhere(x: Tensor, weight: PackedWeight) -> None:
+    return None
+
+
+CANDIDATES: dict[str, tuple[Candidate, ...]] = {
+    "wna16_linear": (Candidate("reference", reference.wna16_linear, _runs_anywhere),),
+    "wa8_linear": (
+        Candidate("cpu_int8", cpu.int8_linear, cpu.int8_refusal),
+        Candidate("reference", reference.wa8_linear, _runs_anywhere),
+    ),
+}
+
+_forced: ContextVar[str | None] = ContextVar("lowbit_kernel", default=None)
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run every op that has a candidate called `name` by it, within the block. Raises InputError for unknown names."""
+    known = sorted({candidate.name for candidates in CANDIDATES.values() for candidate in candidates})
+    if name not in known:
+        raise InputError(f"there is no kernel {name!r}; choose one of {', '.join(known)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def pick(op: str, x: Tensor, weight: PackedWeight) -> Candidate:
+    """The candidate that runs `op` for these arguments. Raises InputError when the one named by `use` refuses."""
+    candidates = CANDIDATES[op]
+    forced = next((candidate for candidate in candidates if candidate.name == _forced.get()), None)
+    if forced is not None:
+        if reason := forced.refusal(x, weight):
+            raise InputError(f"kernel {forced.name!r} can't run {op}: {reason}")
+        return forced
+    return next(candidate for candidate in candidates if candidate.refusal(x, weight) is None)
+
+
+def explain(op: str, x: Tensor, weight: PackedWeight) -> dict[str, str]:
+    """Candidate name -> "ready", or its reason for refusing, in order of preference."""
+    return {candidate.name: candidate.refusal(x, weight) or "ready" for candidate in CANDIDATES[op]}

@@ -1,0 +1,100 @@
+"""Uniform grids: the group view, the choice of scale and zero-point, encode and decode.
+
+    q = clamp(round(x / scale + zero), low, high)        x ~ (q - zero) * scale
+
+    symmetric    scale = 2 max|x| / (2^B - 1),  zero = 0                       (GPTQ, compressed-tensors)
+    asymmetric   scale = (max - min) / (2^B - 1),  zero = round(low - min / scale), with min <= 0 <= max
+    fp8          scale = max|x| / 448, the rounding is that of the format
+
+Integers are rounded in this file and nowhere else, ties to even. The addition stands inside the rounding, as in
+compressed-tensors: our codes are bitwise equal to theirs.
+
+Shapes: a scale is [1] per tensor, [N, 1] per channel, [N, K/G] per group, [..., 1] per token.
+"""
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.formats import NumberFormat
+from lowbit.numerics.scheme import TensorScheme
+
+
+def group_view(x: Tensor, scheme: TensorScheme) -> Tensor:
+    """x with the elements that share a scale in its last dimension.
+
+    x [..., K] -> group [..., K/G, G], channel and token [..., 1, K], tensor [1, numel].
+    """
+    if scheme.granularity == "tensor":
+        return x.reshape(1, -1)
+    if scheme.granularity == "group":
+        assert scheme.group_size is not None
+        return x.unflatten(-1, (-1, scheme.group_size))  # [..., K] -> [..., K/G, G]
+    return x.unsqueeze(-2)  # [..., K] -> [..., 1, K]
+
+
+def value_range(x: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor]:
+    """(smallest, largest) value under each scale of `scheme`, in the shape of that scale, x's dtype."""
+    return torch.aminmax(group_view(x, scheme), dim=-1)
+
+
+def choose_scale(low: Tensor, high: Tensor, scheme: TensorScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero) of the grid that covers [low, high]; zero is None where the scheme is symmetric.
+
+    low and high have the shape of the scale. Computed in float32; the scale is then rounded to `dtype`, in which it
+    will be stored, and zero is int8. A range of zero width gets the smallest step that `dtype` tells from 1, so that
+    zeros encode as zeros.
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    bound = scheme.format
+    if scheme.symmetric:
+        steps = bound.high if bound.kind == "float" else (bound.high - bound.low) / 2
+        scale = _guarded(torch.maximum(-low, high) / steps, dtype)
+        return scale, None
+    scale = _guarded((high - low) / (bound.high - bound.low), dtype)
+    zero = (bound.low - low / scale.float()).clamp(bound.low, bound.high).round().to(torch.int8)
+    return scale, zero
+
+
+def _guarded(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale in `dtype`, no element zero: an exact or underflowed zero becomes the dtype's epsilon."""
+    scale = scale.to(dtype)
+    return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+
+
+def per_element(parameter: Tensor, scheme: TensorScheme) -> Tensor:
+    """A scale or zero-point that broadcasts against x [..., K]."""
+    if scheme.granularity != "group":
+        return parameter
+    assert scheme.group_size is not None
+    return parameter.repeat_interleave(scheme.group_size, dim=-1)  # [..., K/G] -> [..., K]
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:
+    """Nearest codes of x [..., K] under scale: int8 [..., K] (float8_e4m3fn where the format is fp8)."""
+    grouped, like = group_view(x.float(), scheme), scale.float().unsqueeze(-1)
+    scaled = grouped / like
+    if zero is not None:
+        scaled = scaled + zero.unsqueeze(-1)
+    return round_to(scaled, scheme.format).reshape(x.shape)
+
+
+def round_to(scaled: Tensor, number_format: NumberFormat) -> Tensor:
+    """The nearest codes of values already divided by their scale (float32, any shape); out of range saturates."""
+    clamped = scaled.clamp(number_format.low, number_format.high)
+    if number_format.kind == "float":
+        return clamped.to(torch.float8_e4m3fn)
+    return clamped.round().to(torch.int8)
+
+
+def decode(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:
+    """(q - zero) * scale in float32, shape of q [..., K]."""
+    grouped = group_view(q.float(), scheme)
+    if zero is not None:
+        grouped = grouped - zero.unsqueeze(-1)
+    return (grouped * scale.float().unsqueeze(-1)).reshape(q.shape)
+
+
+def quantize_dequantize(x: Tensor, scheme: TensorScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x after a trip through `scheme` with min/max scales rounded to `dtype`: float32, shape of x."""
+    scale, zero = choose_scale(*value_range(x, scheme), scheme, dtype)
+    return decode(encode(x, scale, zero, scheme), scale, zero, scheme)

@@ -1,0 +1,117 @@
+"""Schemes: which numbers stand for a tensor, and how that is written.
+
+    w4a16-g64            int4 weights in groups of 64 along K, symmetric; 16-bit activations
+    w4a16-g64-asym       the same with a zero-point per group
+    w8a16                int8 weights, a scale per channel (row of [N, K]); w8a16-tensor: one scale
+    w8a8                 int8 weights per channel x int8 activations per token, scaled at run time
+    w8a8-dynamic-asym    activations with a zero-point per token
+    w8a8-static          one activation scale per tensor, from calibration; w8a8-static-asym: with a zero-point
+    nf4-b64, fp4-b64     16 levels, one absmax per 64 consecutive weights; -dq: the absmax in 8 bits (QLoRA)
+    fp8                  e4m3 weights per channel x e4m3 activations per token
+
+A `-asym` after `-static` or `-dynamic` speaks of the activations, elsewhere of the weights.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lowbit.errors import SchemeError
+from lowbit.numerics.formats import FP4, FP8_E4M3, INT_BITS, NF4, NumberFormat, int_format
+
+Granularity = Literal["tensor", "channel", "group", "token", "block"]
+
+GRAMMAR = (
+    "w<bits>a16[-tensor|-g<size>][-asym] (bits 2 to 8), w<bits>a8[-tensor|-g<size>][-asym][-static|-dynamic][-asym], "
+    "nf4-b<size>[-dq], fp4-b<size>[-dq], fp8; for example w4a16-g64, w4a16-g64-asym, w8a16, w8a8, w8a8-static, nf4-b64"
+)
+_INT = re.compile(
+    r"w(?P<wbits>\d+)a(?P<abits>\d+)(?:-(?P<tensor>tensor)|-g(?P<group>\d+))?(?P<asym>-asym)?"
+    r"(?:-(?P<mode>static|dynamic)(?P<act_asym>-asym)?)?"
+)
+_CODEBOOK = re.compile(r"(?P<name>nf4|fp4)-b(?P<block>\d+)(?P<nested>-dq)?")
+
+
+@dataclass(frozen=True)
+class TensorScheme:
+    """How one tensor is quantized.
+
+    group_size counts elements along K for "group", consecutive elements of the flattened tensor for "block".
+    dynamic: the scale is computed from the tensor at run time. nested: block scales are themselves in 8 bits.
+    """
+
+    format: NumberFormat
+    granularity: Granularity
+    symmetric: bool = True
+    group_size: int | None = None
+    dynamic: bool = False
+    nested: bool = False
+
+    @property
+    def bits(self) -> int:
+        return self.format.bits
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """A scheme for the weights of a linear layer and, unless they stay in 16 bits, for its input."""
+
+    weights: TensorScheme
+    activations: TensorScheme | None = None
+
+    def __str__(self) -> str:
+        weights, activations = self.weights, self.activations
+        if weights.format.kind == "codebook":
+            return f"{weights.format}-b{weights.group_size}" + "-dq" * weights.nested
+        if weights.format.kind == "float":
+            return "fp8"
+        text = f"w{weights.bits}a{activations.bits if activations else 16}"
+        text += {"tensor": "-tensor", "group": f"-g{weights.group_size}"}.get(weights.granularity, "")
+        text += "-asym" * (not weights.symmetric)
+        if activations and not (activations.dynamic and activations.symmetric):
+            text += ("-dynamic" if activations.dynamic else "-static") + "-asym" * (not activations.symmetric)
+        return text
+
+    @classmethod
+    def parse(cls, text: str) -> "QuantScheme":
+        """The scheme that `text` writes. Raises SchemeError with the grammar when it writes none."""
+        if text == "fp8":
+            return cls(TensorScheme(FP8_E4M3, "channel"), TensorScheme(FP8_E4M3, "token", dynamic=True))
+        if match := _CODEBOOK.fullmatch(text):
+            block = int(match["block"])
+            if block < 32 or block > 4096 or block & (block - 1):
+                raise SchemeError(f"block size {block} in scheme {text!r} is not a power of two from 32 to 4096")
+            number_format = {"nf4": NF4, "fp4": FP4}[match["name"]]
+            return cls(TensorScheme(number_format, "block", group_size=block, nested=bool(match["nested"])))
+        if match := _INT.fullmatch(text):
+            return cls._from_match(text, match)
+        raise SchemeError(f"unknown scheme {text!r}; a scheme is written {GRAMMAR}")
+
+    @classmethod
+    def _from_match(cls, text: str, match: re.Match[str]) -> "QuantScheme":
+        bits, activation_bits = int(match["wbits"]), int(match["abits"])
+        if bits not in INT_BITS or activation_bits not in (8, 16) or match["group"] == "0":
+            raise SchemeError(f"scheme {text!r} is out of range; a scheme is written {GRAMMAR}")
+        if activation_bits == 16 and match["mode"]:
+            raise SchemeError(f"scheme {text!r} leaves activations in 16 bits, so they can't be {match['mode']}")
+        group = int(match["group"]) if match["group"] else None
+        granularity: Granularity = "tensor" if match["tensor"] else "group" if group else "channel"
+        weights = TensorScheme(int_format(bits), granularity, not match["asym"], group)
+        if activation_bits == 16:
+            return cls(weights)
+        dynamic = match["mode"] != "static"
+        activations = TensorScheme(
+            int_format(8), "token" if dynamic else "tensor", not match["act_asym"], dynamic=dynamic
+        )
+        return cls(weights, activations)
+
+
+def check_fits(scheme: TensorScheme, in_features: int, name: str) -> None:
+    """Raise SchemeError unless `scheme` divides a layer with `in_features` inputs; says which groups do."""
+    if scheme.granularity != "group" or in_features % (scheme.group_size or 1) == 0:
+        return
+    fitting = [str(group) for group in (16, 32, 48, 64, 96, 128, 192, 256) if in_features % group == 0]
+    raise SchemeError(
+        f"group size {scheme.group_size} does not divide in_features {in_features} of {name}; "
+        f"use one of {', '.join([*fitting, 'channel (no -g)'])}, or leave the layer out with --ignore {name!r}"
+    )

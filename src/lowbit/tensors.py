@@ -1,0 +1,192 @@
+"""PackedWeight: a quantized [N, K] weight as it lies in memory and on disk.
+
+    storage     codes                                     for
+    "packed"    int32 [N, ceil(K B / 32)] (numerics/pack) integers that no int8 activations multiply: w4a16, w8a16, w4a8
+    "int8"      int8 [N, K]                               w8a8
+    "fp8"       float8_e4m3fn [N, K]                      fp8
+    "nibbles"   uint8 [ceil(N K / 2)], first code high    nf4, fp4
+
+Names, shapes and bytes of the first three are those of a compressed-tensors checkpoint (`tensors()`), so saving is
+copying. nf4 and fp4 have no compressed-tensors form; io/bitsandbytes.py names their entries.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError
+from lowbit.numerics import affine, codebook
+from lowbit.numerics.pack import pack, unpack, words_per_row
+from lowbit.numerics.scheme import QuantScheme, TensorScheme
+
+Storage = Literal["packed", "int8", "fp8", "nibbles"]
+
+
+def storage_of(scheme: QuantScheme) -> Storage:
+    """Where the codes of a weight under `scheme` are kept; the table in the module's docstring."""
+    weights = scheme.weights
+    if weights.format.kind == "codebook":
+        return "nibbles"
+    if weights.format.kind == "float":
+        return "fp8"
+    return "int8" if weights.bits == 8 and scheme.activations else "packed"
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Codes, scales and zero-points of one [N, K] weight.
+
+    scale: [1], [N, 1] or [N, K/G] in the checkpoint's dtype; for nf4 and fp4 the blocks' absmax, float32 or nested.
+    zero: int32 packed along N as in compressed-tensors ([ceil(N B / 32), K/G]); int8 [1] or [N, 1] where it is not packed.
+    """
+
+    scheme: QuantScheme
+    shape: tuple[int, int]
+    codes: Tensor
+    scale: Tensor | codebook.NestedAbsmax
+    zero: Tensor | None = None
+
+    @classmethod
+    def from_codes(cls, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> "PackedWeight":
+        """Pack integer or fp8 codes q [N, K] with their scale and zero-point (numerics/affine.py)."""
+        rows, columns = q.shape
+        if storage_of(scheme) == "packed":
+            bits = scheme.weights.bits
+            if zero is not None and zero.dim() == 2:
+                zero = pack(zero.T, bits).T.contiguous()  # [N, K/G] -> [N B / 32, K/G]
+            q = pack(q, bits)
+        return cls(scheme, (rows, columns), q, scale, zero)
+
+    @classmethod
+    def from_float(cls, w: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> "PackedWeight":
+        """w [N, K] rounded to nearest under `scheme` with min/max scales; the baseline that needs no data."""
+        weights = scheme.weights
+        if weights.format.kind == "codebook":
+            return cls._from_blocks(w, scheme)
+        scale, zero = affine.choose_scale(*affine.value_range(w, weights), weights, scale_dtype)
+        return cls.from_codes(affine.encode(w, scale, zero, weights), scale, zero, scheme)
+
+    @classmethod
+    def _from_blocks(cls, w: Tensor, scheme: QuantScheme) -> "PackedWeight":
+        weights = scheme.weights
+        assert weights.group_size is not None
+        q, absmax = codebook.encode_blocks(w, codebook.levels_of(weights.format.name), weights.group_size)
+        scale = codebook.double_quantize(absmax) if weights.nested else absmax
+        rows, columns = w.shape
+        return cls(scheme, (rows, columns), codebook.pack_nibbles(q), scale)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of codes, scales and zero-points together."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def q(self) -> Tensor:
+        """The codes, unpacked: int8 (float8_e4m3fn for fp8; uint8 level numbers for nf4 and fp4) [N, K]."""
+        storage = storage_of(self.scheme)
+        if storage == "packed":
+            return unpack(self.codes, self.scheme.weights.bits, self.shape[1])
+        if storage == "nibbles":
+            return codebook.unpack_nibbles(self.codes, self.shape[0] * self.shape[1]).view(self.shape)
+        return self.codes
+
+    def zero_points(self) -> Tensor | None:
+        """The zero-points, unpacked: int8 in the shape of the scale, or None."""
+        if self.zero is None or self.zero.dtype == torch.int8:
+            return self.zero
+        return unpack(self.zero.T.contiguous(), self.scheme.weights.bits, self.shape[0]).T
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] that the codes stand for; computed in float32, then rounded to dtype."""
+        if isinstance(self.scale, codebook.NestedAbsmax) or storage_of(self.scheme) == "nibbles":
+            return self._dequantize_blocks(dtype)
+        return affine.decode(self.q(), self.scale, self.zero_points(), self.scheme.weights).to(dtype)
+
+    def _dequantize_blocks(self, dtype: torch.dtype) -> Tensor:
+        weights = self.scheme.weights
+        assert weights.group_size is not None
+        absmax = self.scale.decode() if isinstance(self.scale, codebook.NestedAbsmax) else self.scale
+        levels = codebook.levels_of(weights.format.name)
+        return codebook.decode_blocks(self.q(), absmax, levels, weights.group_size, self.shape, dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The named tensors that hold this weight: compressed-tensors' names, or ours for nf4 and fp4 in memory."""
+        storage = storage_of(self.scheme)
+        if isinstance(self.scale, codebook.NestedAbsmax):
+            nested = self.scale
+            return {
+                "weight_packed": self.codes,
+                "weight_absmax": nested.codes,
+                "weight_nested_absmax": nested.absmax,
+                "weight_nested_offset": nested.offset,
+            }
+        named = {"weight_packed" if storage in ("packed", "nibbles") else "weight": self.codes}
+        named["weight_absmax" if storage == "nibbles" else "weight_scale"] = self.scale
+        if self.zero is not None:
+            named["weight_zero_point"] = self.zero
+        if storage == "packed":
+            named["weight_shape"] = torch.tensor(self.shape)
+        return named
+
+    @classmethod
+    def from_tensors(cls, named: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> "PackedWeight":
+        """The inverse of `tensors()`."""
+        codes = named["weight_packed"] if "weight_packed" in named else named["weight"]
+        if "weight_nested_absmax" in named:
+            nested = codebook.NestedAbsmax(
+                named["weight_absmax"], named["weight_nested_absmax"], named["weight_nested_offset"]
+            )
+            return cls(scheme, shape, codes, nested)
+        scale = named["weight_absmax"] if "weight_absmax" in named else named["weight_scale"]
+        return cls(scheme, shape, codes, scale, named.get("weight_zero_point"))
+
+
+def tensor_shapes(
+    scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """name -> (shape, dtype) of `PackedWeight.tensors()` for a weight [N, K], without making it."""
+    rows, columns = shape
+    weights = scheme.weights
+    storage = storage_of(scheme)
+    if storage == "nibbles":
+        return _block_shapes(weights, rows * columns)
+    code_dtype = {"packed": torch.int32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[storage]
+    width = words_per_row(columns, weights.bits) if storage == "packed" else columns
+    scale_shape = _scale_shape(weights, rows, columns)
+    named = {"weight_packed" if storage == "packed" else "weight": ((rows, width), code_dtype)}
+    named["weight_scale"] = (scale_shape, scale_dtype)
+    if not weights.symmetric:
+        packed = storage == "packed" and len(scale_shape) == 2
+        zero_shape = (words_per_row(rows, weights.bits), scale_shape[-1]) if packed else scale_shape
+        named["weight_zero_point"] = (zero_shape, torch.int32 if packed else torch.int8)
+    if storage == "packed":
+        named["weight_shape"] = ((2,), torch.int64)
+    return named
+
+
+def _scale_shape(weights: TensorScheme, rows: int, columns: int) -> tuple[int, ...]:
+    if weights.granularity == "tensor":
+        return (1,)
+    return (rows, columns // weights.group_size if weights.group_size else 1)
+
+
+def _block_shapes(weights: TensorScheme, elements: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    assert weights.group_size is not None
+    blocks = -(-elements // weights.group_size)
+    named: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_packed": ((-(-elements // 2),), torch.uint8)}
+    named["weight_absmax"] = ((blocks,), torch.uint8 if weights.nested else torch.float32)
+    if weights.nested:
+        named["weight_nested_absmax"] = ((-(-blocks // codebook.NESTED_BLOCK),), torch.float32)
+        named["weight_nested_offset"] = ((), torch.float32)
+    return named
+
+
+def check_finite(w: Tensor, name: str) -> None:
+    """Raise CheckpointError when w holds NaN or infinity, naming the tensor."""
+    broken = w.numel() - int(w.isfinite().sum())
+    if broken:
+        raise CheckpointError(
+            f"{name} holds {broken} values that are NaN or infinite; the checkpoint is damaged or training diverged: "
+            "get a clean copy of the model"
+        )
