@@ -10,6 +10,7 @@ Names, shapes and bytes of the first three are those of a compressed-tensors che
 copying. nf4 and fp4 have no compressed-tensors form; io/bitsandbytes.py names their entries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,10 +73,11 @@ class PackedWeight:
     def _from_blocks(cls, w: Tensor, scheme: QuantScheme) -> "PackedWeight":
         weights = scheme.weights
         assert weights.group_size is not None
-        q, absmax = codebook.encode_blocks(w, codebook.levels_of(weights.format.name), weights.group_size)
+        levels = codebook.levels_of(weights.format.name)
+        q, absmax = codebook.encode_blocks(w, levels, weights.group_size)
         scale = codebook.double_quantize(absmax) if weights.nested else absmax
         rows, columns = w.shape
-        return cls(scheme, (rows, columns), codebook.pack_nibbles(q), scale)
+        return cls(scheme, (rows, columns), codebook.pack_nibbles(q, codebook.zero_code(levels)), scale)
 
     @property
     def bytes(self) -> int:
@@ -128,6 +130,30 @@ class PackedWeight:
         if storage == "packed":
             named["weight_shape"] = torch.tensor(self.shape)
         return named
+
+    def rows(self, start: int, stop: int) -> "PackedWeight":
+        """Rows start to stop as a weight of their own; not for nf4 and fp4, whose blocks may straddle rows."""
+        assert isinstance(self.scale, Tensor)
+        zero = self.zero_points()
+        per_row = self.scale.dim() == 2
+        return PackedWeight.from_codes(
+            self.q()[start:stop],
+            self.scale[start:stop] if per_row else self.scale,
+            zero[start:stop] if zero is not None and per_row else zero,
+            self.scheme,
+        )
+
+    @classmethod
+    def stack(cls, parts: Sequence["PackedWeight"]) -> "PackedWeight":
+        """Weights of one scheme and K, one below the other. Raises CheckpointError where each has a scale per tensor."""
+        if len(parts) == 1:
+            return parts[0]
+        scales = [part.scale for part in parts if isinstance(part.scale, Tensor)]
+        if any(scale.dim() != 2 for scale in scales):
+            raise CheckpointError("weights that are fused in memory have one scale each; quantize them per channel or group")
+        zeros = [zero for part in parts if (zero := part.zero_points()) is not None]
+        codes = torch.cat([part.q() for part in parts])
+        return cls.from_codes(codes, torch.cat(scales), torch.cat(zeros) if zeros else None, parts[0].scheme)
 
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> "PackedWeight":

@@ -23,7 +23,7 @@ from lowbit.numerics.scheme import TensorScheme
 class ScaleSearch:
     """The candidates p = 1 down to `smallest` in `steps` steps, and the error's exponent."""
 
-    steps: int = 24
+    steps: int = 12
     smallest: float = 0.55
     norm: float = 2.0
     signed: bool = True

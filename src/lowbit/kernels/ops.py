@@ -42,7 +42,7 @@ def _quantized_linear(
         y = pick("wna16_linear", rows, weight).run(rows, weight, bias)
     else:
         y = pick("wa8_linear", rows, weight).run(rows, weight, bias, input_scale, input_zero)
-    return y.view(*x.shape[:-1], out_features)
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])  # not a view: callers add to it in place
 
 
 def _quantized_linear_shape(x: Tensor, *arguments: Any) -> Tensor:

@@ -5,6 +5,8 @@ Its buffers have the names, shapes and bytes of the checkpoint (tensors.py), so 
 name, is a read-only view full of NaN with the right shape: merging into it can't silently do nothing.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +63,7 @@ class QuantLinear(nn.Linear):
         return layer
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        if name == "weight" and "weight" not in self._buffers:
+        if name == "weight" and "weight_packed" in self.__dict__.get("_buffers", ()):
             device = self._buffers["weight_packed"].device  # type: ignore[union-attr]
             return torch.full((1, 1), torch.nan, device=device).expand(self.out_features, self.in_features)
         return super().__getattr__(name)
@@ -76,6 +78,17 @@ class QuantLinear(nn.Linear):
         """x [..., K] -> [..., N] in x's dtype."""
         scale, zero = self._buffers.get("input_scale"), self._buffers.get("input_zero_point")
         return quantized_linear(x, self.packed, self.bias, scale, zero)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        """Moves codes and scales to another device, but never to another dtype: their bits are the weight."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = function(tensor)
+            keeps = result.dtype == tensor.dtype or tensor is self.bias
+            return result if keeps else tensor.to(result.device)
+
+        super()._apply(moved, recurse)
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"

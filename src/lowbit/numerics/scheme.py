@@ -80,7 +80,10 @@ class QuantScheme:
         if match := _CODEBOOK.fullmatch(text):
             block = int(match["block"])
             if block < 32 or block > 4096 or block & (block - 1):
-                raise SchemeError(f"block size {block} in scheme {text!r} is not a power of two from 32 to 4096")
+                raise SchemeError(
+                    f"block size {block} in scheme {text!r} is not a power of two from 32 to 4096; "
+                    f"a scheme is written {GRAMMAR}"
+                )
             number_format = {"nf4": NF4, "fp4": FP4}[match["name"]]
             return cls(TensorScheme(number_format, "block", group_size=block, nested=bool(match["nested"])))
         if match := _INT.fullmatch(text):
@@ -90,10 +93,13 @@ class QuantScheme:
     @classmethod
     def _from_match(cls, text: str, match: re.Match[str]) -> "QuantScheme":
         bits, activation_bits = int(match["wbits"]), int(match["abits"])
-        if bits not in INT_BITS or activation_bits not in (8, 16) or match["group"] == "0":
+        if bits not in INT_BITS or activation_bits not in (8, 16) or (match["group"] and int(match["group"]) == 0):
             raise SchemeError(f"scheme {text!r} is out of range; a scheme is written {GRAMMAR}")
         if activation_bits == 16 and match["mode"]:
-            raise SchemeError(f"scheme {text!r} leaves activations in 16 bits, so they can't be {match['mode']}")
+            raise SchemeError(
+                f"scheme {text!r} leaves activations in 16 bits, so they can't be {match['mode']}; "
+                f"a scheme is written {GRAMMAR}"
+            )
         group = int(match["group"]) if match["group"] else None
         granularity: Granularity = "tensor" if match["tensor"] else "group" if group else "channel"
         weights = TensorScheme(int_format(bits), granularity, not match["asym"], group)

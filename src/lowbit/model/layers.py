@@ -1,0 +1,177 @@
+"""One layer's turn: statistics in, solution out, the quantized layer put in place, its loss written down."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.algorithms.gptq import solve_gptq
+from lowbit.algorithms.rtn import solve_rtn
+from lowbit.algorithms.scales import ScaleSearch
+from lowbit.algorithms.solution import Solution
+from lowbit.model.recipe import Recipe
+from lowbit.nn.experts import QuantExperts, run_experts_plainly
+from lowbit.nn.linear import QuantLinear
+from lowbit.numerics import metrics
+from lowbit.numerics.affine import choose_scale
+from lowbit.numerics.scheme import QuantScheme
+from lowbit.observe.moments import SecondMoment
+from lowbit.observe.ranges import Observer, make_observer
+from lowbit.report import Histogram, LayerRecord
+from lowbit.tensors import PackedWeight, check_finite
+
+CLIP_SEARCH = ScaleSearch(norm=2.4)  # the exponent of GPTQ's --mse search
+BINS = 64
+SHOWN_LAYERS = 6  # the worst layers, whose histograms a report keeps
+
+
+class Statistics:
+    """What a solver may ask of one input: its second moment, its range, and a histogram for the report."""
+
+    def __init__(self, moment: SecondMoment | None, observer: Observer | None) -> None:
+        self.moment, self.observer = moment, observer
+        self.sample: Histogram | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Take the tokens of x [..., K] into account."""
+        if self.sample is None:
+            self.sample = histogram(x, "", "activation")
+        if self.moment is not None:
+            self.moment.update(x)
+        if self.observer is not None:
+            self.observer.update(x)
+
+
+@dataclass
+class LayerLog:
+    """Collects what the pipeline did: a record and histograms per layer, and warnings."""
+
+    recipe: Recipe
+    scale_dtype: torch.dtype
+    records: list[LayerRecord] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
+
+    def statistics(self, in_features: int, scheme: QuantScheme, device: torch.device) -> Statistics:
+        """Empty statistics of an input of `in_features` channels, as far as this recipe needs them."""
+        static = scheme.activations is not None and not scheme.activations.dynamic
+        observer = make_observer(self.recipe.observer, scheme.activations) if static and scheme.activations else None
+        moment = SecondMoment(in_features, device) if self.recipe.method == "gptq" else None
+        return Statistics(moment, observer)
+
+    def solve(self, w: Tensor, scheme: QuantScheme, moment: Tensor | None, name: str) -> tuple[Solution, str]:
+        """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning."""
+        method = self.recipe.method
+        if method == "gptq" and moment is None:
+            self.warnings.append(f"{name}: no calibration token reached it, so it was rounded to nearest")
+            method = "rtn"
+        if method == "gptq":
+            assert moment is not None
+            solution = solve_gptq(w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq)
+            if solution.damping != self.recipe.gptq.damping:
+                self.warnings.append(f"{name}: its second moment needed damping {solution.damping:g}")
+            return solution, method
+        search = CLIP_SEARCH if method == "rtn-clip" else None
+        return solve_rtn(w, scheme.weights, self.scale_dtype, search), method
+
+    def note(
+        self, name: str, scheme: QuantScheme, method: str, w: Tensor, dequantized: Tensor, observed: Statistics | None,
+        moment: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Write down what layer `name` lost."""
+        error = w - dequantized
+        relative = metrics.relative_error(w, dequantized)
+        output = None if moment is None else metrics.output_error(error, w, moment)
+        self.records.append(LayerRecord(name, str(scheme), method, relative, metrics.sqnr_db(relative), output))
+        shown = [histogram(w, name, "weight"), histogram(error, name, "error")]
+        if observed is not None and observed.sample is not None:
+            sample = observed.sample
+            shown.append(Histogram(name, sample.of, sample.low, sample.high, sample.counts))
+        self.seen[name] = tuple(shown)
+
+    @property
+    def histograms(self) -> tuple[Histogram, ...]:
+        """Those of the worst layers: by output error where it is known, else by relative error."""
+        ranked = sorted(self.records, key=lambda record: -(record.output_error or record.relative_error))
+        return tuple(item for record in ranked[:SHOWN_LAYERS] for item in self.seen[record.name])
+
+
+def histogram(x: Tensor, layer: str, of: str) -> Histogram:
+    """Counts of x in 64 equal bins from its smallest to its largest element."""
+    values = x.detach().flatten().float()
+    low, high = (bound.item() for bound in torch.aminmax(values))
+    counts = torch.histc(values, BINS, low, high) if low < high else torch.tensor([float(values.numel())])
+    return Histogram(layer, of, low, high, tuple(int(count) for count in counts.tolist()))
+
+
+def solve_linears(
+    module: nn.Module, prefix: str, names: Sequence[str], scheme: QuantScheme, observed: Statistics | None, log: LayerLog
+) -> None:
+    """Quantize linears of `module` that read one input, in place. prefix + name is what the report calls them."""
+    if scheme.weights.granularity == "tensor" and len(names) > 1:
+        for name in names:
+            solve_linears(module, prefix, [name], scheme, observed, log)
+        return
+    linears = [module.get_submodule(name) for name in names]
+    full_names = [f"{prefix}.{name}" if prefix else name for name in names]
+    for full_name, linear in zip(full_names, linears, strict=True):
+        check_finite(linear.weight, f"{full_name}.weight")
+    if scheme.weights.format.kind == "codebook":
+        for name, full_name, linear in zip(names, full_names, linears, strict=True):
+            packed = PackedWeight.from_float(linear.weight, scheme, log.scale_dtype)
+            log.note(full_name, scheme, "rtn", linear.weight.float(), packed.dequantize(), None, None)
+            _put(module, name, QuantLinear.from_packed(packed, linear.bias))
+        return
+    moment = observed.moment.value if observed is not None and observed.moment is not None else None
+    w = torch.cat([linear.weight for linear in linears]).float()  # [sum of N, K]
+    solution, method = log.solve(w, scheme, moment, ", ".join(full_names))
+    input_scale, input_zero = _static_grid(scheme, observed, log)
+    start = 0
+    for name, full_name, linear in zip(names, full_names, linears, strict=True):
+        rows = slice(start, start := start + linear.out_features)
+        log.note(full_name, scheme, method, w[rows], solution.dequantized[rows], observed, moment)
+        packed = _packed(solution, rows, scheme)
+        _put(module, name, QuantLinear.from_packed(packed, linear.bias, input_scale, input_zero))
+
+
+def solve_experts(
+    module: nn.Module, prefix: str, name: str, scheme: QuantScheme, observed: dict[int, Statistics], log: LayerLog
+) -> None:
+    """Quantize a 3-D parameter [E, N, K] of `module`, in place, expert by expert."""
+    weights = module.get_parameter(name)
+    check_finite(weights, f"{prefix}.{name}")
+    layers = []
+    for expert, w in enumerate(weights.float()):
+        statistics = observed.get(expert)
+        moment = statistics.moment.value if statistics is not None and statistics.moment is not None else None
+        full_name = f"{prefix}.{name}.{expert}"
+        solution, method = log.solve(w, scheme, moment, full_name)
+        log.note(full_name, scheme, method, w, solution.dequantized, statistics, moment)
+        layers.append(QuantLinear.from_packed(_packed(solution, slice(None), scheme)))
+    parent, _, attribute = name.rpartition(".")
+    delattr(module.get_submodule(parent), attribute)
+    _put(module, name, QuantExperts(layers))
+    run_experts_plainly(module)
+
+
+def _static_grid(
+    scheme: QuantScheme, observed: Statistics | None, log: LayerLog
+) -> tuple[Tensor | None, Tensor | None]:
+    """The activation scale and zero-point [1] that the observer chose; (None, None) where the scheme has none."""
+    if scheme.activations is None or scheme.activations.dynamic or observed is None or observed.observer is None:
+        return None, None
+    low, high = observed.observer.range()
+    return choose_scale(low.reshape(1), high.reshape(1), scheme.activations, log.scale_dtype)
+
+
+def _packed(solution: Solution, rows: slice, scheme: QuantScheme) -> PackedWeight:
+    per_row = solution.scale.dim() == 2
+    scale = solution.scale[rows] if per_row else solution.scale
+    zero = solution.zero if solution.zero is None or not per_row else solution.zero[rows]
+    return PackedWeight.from_codes(solution.q[rows], scale, zero, scheme)
+
+
+def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, layer)
