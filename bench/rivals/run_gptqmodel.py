@@ -6,7 +6,8 @@ blocks of 128 columns, damping 0.05 of the mean diagonal (raised by 0.01 when th
 act-order (act_group_aware), scales from the group's minimum and maximum of the weight as it stands when the group is
 reached (no search: mse = 0; symmetric scale = 2 max|w| / (2^bits - 1)), qkv, o, gate and up, down in turn
 (true_sequential), lm_head left in float.
-The library's packer keeps scales in float16; the weights written are float32 products of those scales and the codes.
+The library's packer keeps scales in float16 and leaves zero points one lower, as the GPTQ file format stores them; the
+weights written are the float32 products of those scales and (code - zero point), after the library's own correction.
 
 Two things keep the library from running on 2 cores as it comes. Its pool of CPU workers has (cores + 1) // 2 = 1 worker
 there, and the loader's share of the pool asks for 2: "Virtual pool 'model_loader:cpu' requests 2 workers but parent
@@ -14,14 +15,13 @@ there, and the loader's share of the pool asks for 2: "Virtual pool 'model_loade
 it is not set, before the pool is built. Version 7.7 wants torch 2.14.1; 7.6 is the newest for torch 2.13.
 """
 
+import contextlib
 import os
 import time
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import torch
-from gptqmodel import GPTQConfig, GPTQModel
-from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from rival import Request, parse_request, write_result
 
 OPTIONS = (
@@ -45,27 +45,9 @@ def calibration_rows(tokens: torch.Tensor) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens.tolist()]
 
 
-def gptq_config(request: Request) -> GPTQConfig:
-    """The library's configuration for the scheme asked for, defaults elsewhere."""
-    return GPTQConfig(
-        bits=request.bits,
-        group_size=request.group_size,
-        sym=request.symmetric,
-        offload_to_disk=False,
-    )
-
-
-def dequantized_weight(linear: BaseQuantLinear) -> torch.Tensor:
-    """The float32 weight [N, K] that a packed linear stands for; its scales become float32 in place."""
-    linear.scales = linear.scales.to(torch.float32)
-    linear.post_init()
-    return linear.dequantize_weight().to(torch.float32).T.contiguous()  # [K, N] -> [N, K]
-
-
-def options_used(config: GPTQConfig, log: dict[str, list[dict[str, str]]]) -> dict[str, object]:
+def options_used(config: object, log: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, object]:
     """The settings read back from the configuration, and the dampings that the layers ended up with."""
-    known = {field.name for field in fields(config)}
-    options = {name: getattr(config, name) for name in OPTIONS if name in known}
+    options = {name: getattr(config, name) for name in OPTIONS}
     rows = [row for rows in log.values() for row in rows]
     options["blocksize"] = 128
     options["dampings"] = sorted({row["damp"] for row in rows if "damp" in row})
@@ -76,19 +58,43 @@ def options_used(config: GPTQConfig, log: dict[str, list[dict[str, str]]]) -> di
     return options
 
 
-def main() -> None:
-    request = parse_request(__doc__)
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    config = gptq_config(request)
+def quantize(request: Request) -> tuple[torch.nn.Module, dict[str, object], float]:
+    """The model quantized, the options used, and the seconds of the quantization call."""
+    from gptqmodel import GPTQConfig, GPTQModel  # noqa: PLC0415 - its import prints on standard output
+
+    config = GPTQConfig(bits=request.bits, group_size=request.group_size, sym=request.symmetric, offload_to_disk=False)
     model = GPTQModel.load(str(request.model), config, device="cpu", dtype=torch.float32)
     if model.model.dtype != torch.float32:
         raise SystemExit(f"the library loaded the model as {model.model.dtype}, not as float32")
+    request.out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    log = model.quantize(calibration_rows(request.tokens))
+    with contextlib.chdir(request.out):  # the library writes a folder "logs" where it runs
+        log = model.quantize(calibration_rows(request.tokens))
     seconds = time.perf_counter() - begin
-    linears = {name: module for name, module in model.model.named_modules() if isinstance(module, BaseQuantLinear)}
-    weights = {name: dequantized_weight(linear) for name, linear in linears.items()}
-    write_result(request, weights, "gptqmodel", version("gptqmodel"), options_used(config, log), seconds)
+    return model.model, options_used(model.quantize_config, log), seconds
+
+
+@torch.inference_mode()
+def dequantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The float32 weight [N, K] of every packed linear, by module name; its scales become float32 in place."""
+    from gptqmodel.nn_modules.qlinear import BaseQuantLinear  # noqa: PLC0415 - as above
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module  # noqa: PLC0415
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, BaseQuantLinear)}
+    weights = {}
+    for name, linear in linears.items():
+        if linear.qzero_format() == 1:
+            convert_gptq_v1_to_v2_format_module(linear, linear.bits, linear.pack_dtype)
+        linear.scales = linear.scales.to(torch.float32)
+        weights[name] = linear.dequantize_weight().to(torch.float32).T.contiguous()  # [K, N] -> [N, K]
+    return weights
+
+
+def main() -> None:
+    request = parse_request(__doc__)
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    model, options, seconds = quantize(request)
+    write_result(request, dequantized_weights(model), "gptqmodel", version("gptqmodel"), options, seconds)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ from importlib.metadata import version
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
 from rival import Request, parse_request, write_result
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def gptq_recipe(request: Request) -> GPTQModifier:
-    """The GPTQ step for the scheme asked for, defaults elsewhere."""
+def weight_scheme(request: Request) -> QuantizationScheme:
+    """Integer weights of the bits, group size and symmetry asked for, on every Linear; defaults elsewhere."""
     weights = QuantizationArgs(
         num_bits=request.bits,
         type="int",
@@ -29,8 +27,7 @@ def gptq_recipe(request: Request) -> GPTQModifier:
         strategy="group",
         group_size=request.group_size,
     )
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    return GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    return QuantizationScheme(targets=["Linear"], weights=weights)
 
 
 def calibration_batches(tokens: torch.Tensor) -> DataLoader:
@@ -44,14 +41,14 @@ def quantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: module.weight.detach() for name, module in model.named_modules() if hasattr(module, "weight_scale")}
 
 
-def options_used(model: torch.nn.Module, recipe: GPTQModifier) -> dict[str, object]:
+def options_used(model: torch.nn.Module, recipe: object) -> dict[str, object]:
     """The settings that the run ended up with, read from the recipe and from the first quantized module."""
     module = next(module for module in model.modules() if hasattr(module, "weight_scale"))
     arguments = module.quantization_scheme.weights
     return {
         "block_size": recipe.block_size,
         "dampening_frac": recipe.dampening_frac,
-        "actorder": str(arguments.actorder),
+        "actorder": getattr(arguments.actorder, "name", str(arguments.actorder)).lower(),
         "observer": arguments.observer or "memoryless_minmax (default)",
         "propagate_error": True,
         "pipeline": "sequential, one decoder layer at a time",
@@ -62,11 +59,14 @@ def options_used(model: torch.nn.Module, recipe: GPTQModifier) -> dict[str, obje
     }
 
 
-def main() -> None:
-    request = parse_request(__doc__)
+def quantize(request: Request) -> tuple[torch.nn.Module, dict[str, object], float]:
+    """The model quantized, the options used, and the seconds of the quantization call."""
+    from llmcompressor import oneshot  # noqa: PLC0415 - its import prints on standard output
+    from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: PLC0415 - as above
+
     model = AutoModelForCausalLM.from_pretrained(request.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(request.model)
-    recipe = gptq_recipe(request)
+    recipe = GPTQModifier(config_groups={"group_0": weight_scheme(request)}, ignore=["lm_head"])
     begin = time.perf_counter()
     oneshot(
         model=model,
@@ -77,7 +77,12 @@ def main() -> None:
         max_seq_length=request.tokens.shape[1],
     )
     seconds = time.perf_counter() - begin
-    options = options_used(model, recipe)
+    return model, options_used(model, recipe), seconds
+
+
+def main() -> None:
+    request = parse_request(__doc__)
+    model, options, seconds = quantize(request)
     write_result(request, quantized_weights(model), "llmcompressor", version("llmcompressor"), options, seconds)
 
 

@@ -1,8 +1,8 @@
 """PackedWeight: a quantized [N, K] weight as it lies in memory and on disk.
 
     storage     codes                                     for
-    "packed"    int32 [N, ceil(K B / 32)] (numerics/pack) integers that no int8 activations multiply: w4a16, w8a16, w4a8
-    "int8"      int8 [N, K]                               w8a8
+    "packed"    int32 [N, ceil(K B / 32)] (numerics/pack) integers beside 16-bit activations: w4a16, w8a16
+    "int8"      int8 [N, K]                               integers beside int8 activations: w8a8, w4a8
     "fp8"       float8_e4m3fn [N, K]                      fp8
     "nibbles"   uint8 [ceil(N K / 2)], first code high    nf4, fp4
 
@@ -32,7 +32,7 @@ def storage_of(scheme: QuantScheme) -> Storage:
         return "nibbles"
     if weights.format.kind == "float":
         return "fp8"
-    return "int8" if weights.bits == 8 and scheme.activations else "packed"
+    return "int8" if scheme.activations else "packed"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PackedWeight:
     """Codes, scales and zero-points of one [N, K] weight.
 
     scale: [1], [N, 1] or [N, K/G] in the checkpoint's dtype; for nf4 and fp4 the blocks' absmax, float32 or nested.
-    zero: int32 packed along N as in compressed-tensors ([ceil(N B / 32), K/G]); int8 [1] or [N, 1] where it is not packed.
+    zero: int32 packed along N as in compressed-tensors ([ceil(N B / 32), K/G]); int8 in the shape of the scale where the codes are not packed.
     """
 
     scheme: QuantScheme
@@ -131,6 +131,19 @@ class PackedWeight:
             named["weight_shape"] = torch.tensor(self.shape)
         return named
 
+    def check(self, name: str) -> None:
+        """Raise CheckpointError unless every tensor has the shape that scheme and shape ask for; name is the layer's."""
+        scale_dtype = self.scale.dtype if isinstance(self.scale, Tensor) else torch.float32
+        expected, named = tensor_shapes(self.scheme, self.shape, scale_dtype), self.tensors()
+        for key, (shape, dtype) in expected.items():
+            found = named.get(key)
+            if found is None or tuple(found.shape) != shape or found.dtype != dtype:
+                have = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise CheckpointError(
+                    f"{name}.{key} is {have}, but {self.scheme} of a weight {list(self.shape)} needs {dtype} {list(shape)}; "
+                    "the checkpoint is damaged or its config describes another one"
+                )
+
     def rows(self, start: int, stop: int) -> "PackedWeight":
         """Rows start to stop as a weight of their own; not for nf4 and fp4, whose blocks may straddle rows."""
         assert isinstance(self.scale, Tensor)
@@ -149,11 +162,9 @@ class PackedWeight:
         if len(parts) == 1:
             return parts[0]
         scales = [part.scale for part in parts if isinstance(part.scale, Tensor)]
-        if any(scale.dim() != 2 for scale in scales):
-            raise CheckpointError("weights that are fused in memory have one scale each; quantize them per channel or group")
         zeros = [zero for part in parts if (zero := part.zero_points()) is not None]
-        codes = torch.cat([part.q() for part in parts])
-        return cls.from_codes(codes, torch.cat(scales), torch.cat(zeros) if zeros else None, parts[0].scheme)
+        scale, zero = _stacked(scales), _stacked(zeros) if zeros else None
+        return cls.from_codes(torch.cat([part.q() for part in parts]), scale, zero, parts[0].scheme)
 
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> "PackedWeight":
@@ -166,6 +177,15 @@ class PackedWeight:
             return cls(scheme, shape, codes, nested)
         scale = named["weight_absmax"] if "weight_absmax" in named else named["weight_scale"]
         return cls(scheme, shape, codes, scale, named.get("weight_zero_point"))
+
+
+def _stacked(parameters: Sequence[Tensor]) -> Tensor:
+    """Scales or zero-points of weights that are stacked; one per tensor stays one, and must be the same for all."""
+    if parameters[0].dim() == 2:
+        return torch.cat(list(parameters))
+    if any(not torch.equal(parameter, parameters[0]) for parameter in parameters):
+        raise CheckpointError("weights that are one in memory have different scales per tensor; lowbit can't join them")
+    return parameters[0]
 
 
 def tensor_shapes(

@@ -99,9 +99,9 @@ def comparison_verdict(reports: Sequence[Report]) -> str:
     if not measured:
         sizes = sorted(report.bytes_after for report in reports)
         return f"{start}{size_text(sizes[0])} to {size_text(sizes[-1])}; no distance to the original was measured."
-    closest = min(measured, key=_kld)
+    closest = min(measured, key=kld)
     least = min(report.bytes_after for report in measured)
-    smallest = min((report for report in measured if report.bytes_after <= SAME_SIZE * least), key=_kld)
+    smallest = min((report for report in measured if report.bytes_after <= SAME_SIZE * least), key=kld)
     if closest is smallest:
         return f"{start}{closest.recipe} is the smallest and stays closest to the original ({_cost(closest)})."
     return (
@@ -117,17 +117,18 @@ def best_for_size(reports: Iterable[Report]) -> list[Report]:
 
 
 def _beats(other: Report, report: Report) -> bool:
-    if _kld(other) < _kld(report):
+    if kld(other) < kld(report):
         return other.bytes_after <= SAME_SIZE * report.bytes_after
-    return _kld(other) == _kld(report) and SAME_SIZE * other.bytes_after < report.bytes_after
+    return kld(other) == kld(report) and SAME_SIZE * other.bytes_after < report.bytes_after
 
 
-def _kld(report: Report) -> float:
+def kld(report: Report) -> float:
+    """Mean KL(original || quantized) in nats a token; infinite where it was not measured, so that it sorts last."""
     return report.fidelity.kld if report.fidelity else math.inf
 
 
 def _cost(report: Report) -> str:
-    return f"{ratio_text(report.bytes_before, report.bytes_after)}, KL {kld_text(_kld(report))}"
+    return f"{ratio_text(report.bytes_before, report.bytes_after)}, KL {kld_text(kld(report))}"
 
 
 def _recipes(count: int) -> str:

@@ -20,6 +20,8 @@ def int8_refusal(x: Tensor, weight: PackedWeight) -> str | None:
         return f"x is on {x.device}, this kernel runs on the CPU"
     if storage_of(weight.scheme) != "int8" or weight.zero is not None:
         return f"weights under {weight.scheme} are not symmetric int8 codes"
+    if weight.scheme.weights.granularity == "group":
+        return f"{weight.scheme} has a scale per group, inside the integer sum"
     return None
 
 

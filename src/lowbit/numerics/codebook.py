@@ -134,17 +134,22 @@ def decode_blocks(
     return decoded.view(shape)
 
 
-def double_quantize(absmax: Tensor) -> NestedAbsmax:
-    """absmax float32 [blocks] in 8 bits each, less their mean, in blocks of 256."""
-    offset = absmax.mean()
-    blocks = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    largest = blocks.abs().amax(-1)
+def encode_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes uint8 [n], absmax float32 [ceil(n / 256)]) of x float32 [n] under the dynamic map, in blocks of 256."""
+    blocks = torch.nn.functional.pad(x, (0, -x.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(-1)
     # a block of zeros divides to NaN and takes code 0: its absmax of zero makes any level zero
-    scaled = (blocks * (1.0 / largest).unsqueeze(-1)).nan_to_num(nan=-1.0).clamp(-1, 1)
+    scaled = (blocks * (1.0 / absmax).unsqueeze(-1)).nan_to_num(nan=-1.0).clamp(-1, 1)
     grid_point = ((scaled + 1) * 0.5 * _NESTED_GRID + 0.5).int()
     on_grid = grid_point.float() / _NESTED_GRID * 2 - 1
-    codes = torch.bucketize(on_grid, _boundaries(dynamic_map().to(absmax.device)))
-    return NestedAbsmax(codes.view(-1)[: absmax.numel()].to(torch.uint8), largest, offset)
+    codes = torch.bucketize(on_grid, _boundaries(dynamic_map().to(x.device)))
+    return codes.view(-1)[: x.numel()].to(torch.uint8), absmax
+
+
+def double_quantize(absmax: Tensor) -> NestedAbsmax:
+    """absmax float32 [blocks] in 8 bits each: their mean is taken off, the rest coded under the dynamic map."""
+    offset = absmax.mean()
+    return NestedAbsmax(*encode_dynamic(absmax - offset), offset)
 
 
 def pack_nibbles(codes: Tensor, filler: int = 0) -> Tensor:

@@ -36,24 +36,28 @@ class InputGroups(NamedTuple):
 
 def input_groups(block: Block, names: Sequence[str]) -> InputGroups:
     """Groups the named linears (dotted names inside the block) by the input tensor they read in the first batch."""
-    read: dict[str, list[Tensor]] = {}
+    read: dict[str, list[tuple]] = {}
+    alive: list[Tensor] = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0].numel() > 0:
-                read.setdefault(name, []).append(args[0])
+    def watch(name: str) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+        def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            if x.numel() > 0:
+                alive.append(x)
+                read.setdefault(name, []).append(_identity(x))  # now: the version changes with the tensor
 
         return keep
 
     with ExitStack() as hooks:
         for name in names:
-            hooks.callback(block.module.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
+            module = block.module.get_submodule(name)
+            hooks.callback(module.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         args, kwargs = block.arguments(0)
         with torch.no_grad():
             block.module(*args, **kwargs)
-        groups: dict[tuple, list[str]] = {}
-        for name, inputs in read.items():
-            groups.setdefault(tuple(_identity(x) for x in inputs), []).append(name)
+    groups: dict[tuple, list[str]] = {}
+    for name, inputs in read.items():
+        groups.setdefault(tuple(inputs), []).append(name)
     idle = [name for name in names if name not in read]
     return InputGroups([*groups.values(), *([name] for name in idle)], idle)
 

@@ -1,0 +1,125 @@
+"""Write a quantized model as its source's files with the quantized weights exchanged, shard by shard.
+
+Every tensor that was not quantized is copied with its bytes, and so are tokenizer, generation_config and the rest of
+the folder; config.json gains a quantization_config. Shards keep their names. One shard is in memory at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowbit.io.bitsandbytes import config_4bit, tensors_4bit
+from lowbit.io.compressed_tensors import quantization_config
+from lowbit.io.names import Piece
+from lowbit.io.source import INDEX, Source
+from lowbit.nn.experts import QuantExperts
+from lowbit.nn.linear import QuantLinear
+from lowbit.numerics.scheme import QuantScheme
+
+_NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+_REWRITTEN = {"config.json", INDEX, "README.md", "report.json", "report.html"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A quantized layer and the rows of it that one disk module holds."""
+
+    layer: QuantLinear
+    start: int
+    stop: int
+
+    def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The disk tensors of module `name`."""
+        packed = self.layer.packed
+        if self.layer.scheme.weights.format.kind == "codebook":
+            return tensors_4bit(name, packed, dtype)
+        if (self.start, self.stop) != (0, self.layer.out_features):
+            packed = packed.rows(self.start, self.stop)
+        named = packed.tensors()
+        buffers = dict(self.layer.named_buffers())
+        named |= {key: buffers[key] for key in ("input_scale", "input_zero_point") if key in buffers}
+        return {f"{name}.{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in named.items()}
+
+
+def write_checkpoint(source: Source, folder: Path, model: nn.Module, layout: Mapping[str, Piece], dtype: torch.dtype) -> None:
+    """Fill the empty `folder` with the quantized form of `source`; layout is that of the model before it was quantized.
+
+    dtype is that of the source's weights.
+    """
+    stored = _stored(model, layout)
+    weight_map: dict[str, str] = {}
+    for shard in source.shards:
+        tensors: dict[str, Tensor] = {}
+        with safe_open(source.folder / shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (a handle, not a mapping)
+                if name in stored:
+                    tensors |= stored.pop(name).tensors(name.removesuffix(".weight"), dtype)
+                else:
+                    tensors[name] = file.get_tensor(name)
+        weight_map |= dict.fromkeys(tensors, shard)
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+    assert not stored, f"quantized, but not found in the source's files: {sorted(stored)[:3]}"
+    _write_index(source, folder, weight_map)
+    _copy_files(source, folder)
+    config = source.config | {"quantization_config": _config(model, layout, dtype)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _layer_of(model: nn.Module, piece: Piece) -> QuantLinear | None:
+    """The quantized layer that took the place of the piece's parameter, or None."""
+    if piece.expert is not None:
+        parent, _, attribute = piece.parameter.rpartition(".")
+        experts = getattr(model.get_submodule(parent), attribute)
+        return experts[piece.expert].layer if isinstance(experts, QuantExperts) else None
+    owner, _, attribute = piece.parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    return module if attribute == "weight" and isinstance(module, QuantLinear) else None
+
+
+def _stored(model: nn.Module, layout: Mapping[str, Piece]) -> dict[str, _Stored]:
+    """Disk name of each quantized weight -> what is stored for it."""
+    found = ((name, _layer_of(model, piece), piece) for name, piece in layout.items())
+    return {name: _Stored(layer, piece.start, piece.stop) for name, layer, piece in found if layer is not None}
+
+
+def _config(model: nn.Module, layout: Mapping[str, Piece], dtype: torch.dtype) -> dict[str, Any]:
+    schemes: dict[str, QuantScheme] = {}
+    ignore = {name for name, module in model.named_modules() if type(module) is nn.Linear and name == "lm_head"}
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    for name, piece in layout.items():
+        module = name.removesuffix(".weight")
+        owner = piece.parameter.rpartition(".")[0]
+        if (layer := _layer_of(model, piece)) is not None:
+            schemes[module] = layer.scheme
+        elif name.endswith(".weight") and owner not in embeddings and _is_matrix(model, piece):
+            ignore.add(module)
+    first = next(iter(schemes.values()))
+    if first.weights.format.kind == "codebook":
+        return config_4bit(first, dtype, sorted(ignore))
+    return quantization_config(schemes, ignore)
+
+
+def _is_matrix(model: nn.Module, piece: Piece) -> bool:
+    return model.get_parameter(piece.parameter).dim() == 2
+
+
+def _write_index(source: Source, folder: Path, weight_map: dict[str, str]) -> None:
+    if not (source.folder / INDEX).is_file():
+        return
+    size = sum((folder / shard).stat().st_size for shard in source.shards)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_files(source: Source, folder: Path) -> None:
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _REWRITTEN:
+            shutil.copyfile(path, folder / path.name)

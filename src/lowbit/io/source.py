@@ -1,0 +1,169 @@
+"""The model that the user names: a hub id, a folder, or a .gguf file, as a folder of safetensors with its tokenizer.
+
+A GGUF file is dequantized by transformers into a temporary folder first, in bfloat16, the form that everything else
+reads. Pickled weights (.bin, .pt) are not read: they may run code. Remote code is never run.
+"""
+
+import json
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+from lowbit.errors import CheckpointError, InputError
+from lowbit.optional import require
+
+INDEX = "model.safetensors.index.json"
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the user named it, and the folder with its files."""
+
+    name: str
+    folder: Path
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The safetensors files of the model, in order."""
+        index = self.folder / INDEX
+        if index.is_file():
+            return tuple(sorted(set(read_json(index)["weight_map"].values())))
+        return tuple(sorted(path.name for path in self.folder.glob("*.safetensors")))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum((self.folder / shard).stat().st_size for shard in self.shards)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.folder / "config.json")
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The quantization_config of config.json, if it has one."""
+        return self.config.get("quantization_config")
+
+
+@contextmanager
+def open_source(model: str | Path) -> Iterator[Source]:
+    """The model's files, checked: every shard is there and whole. Raises InputError or CheckpointError."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
+            yield _checked(_from_gguf(path, Path(folder)))
+    elif path.is_dir():
+        yield _checked(Source(str(model), path))
+    elif path.is_file():
+        raise InputError(f"{model} is a file; give the model's folder, a .gguf file or a hub id")
+    else:
+        yield _checked(Source(str(model), _download(str(model))))
+
+
+def _download(model: str) -> Path:
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_WANTED)))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise InputError(f"there is no folder {model} and no model of that name on the hub ({_first(error)})") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(f"there is no folder {model}, and the hub could not be asked for it ({_first(error)})") from error
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _from_gguf(path: Path, folder: Path) -> Source:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if path.open("rb").read(4) != b"GGUF":
+        raise CheckpointError(f"{path} is not a GGUF file: its first bytes are not 'GGUF'; download it again")
+    require("gguf", "gguf")
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
+        raise CheckpointError(f"{path} can't be read as a GGUF model ({_first(error)}); download it again") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Source(str(path), folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; give the folder of a Hugging Face model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); get a clean copy of the model") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object; get a clean copy of the model")
+    return value
+
+
+def _checked(source: Source) -> Source:
+    if "model_type" not in source.config:
+        raise CheckpointError(f"{source.folder / 'config.json'} has no model_type; give the folder of a Hugging Face model")
+    if not source.shards:
+        pickled = [path.name for path in source.folder.glob("*.bin")]
+        hint = f"; {pickled[0]} is a pickle, which lowbit does not read: convert it to safetensors" if pickled else ""
+        raise CheckpointError(f"{source.folder} holds no *.safetensors files{hint}")
+    for shard in source.shards:
+        tensor_names(source.folder / shard)
+    return source
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a safetensors file. Raises CheckpointError when it is missing, truncated or something else."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return list(shard.keys())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, though {INDEX} names it; download the model again") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
+
+
+def load_float(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of an unquantized source on the CPU, in eval mode. Raises CheckpointError where tensors don't fit."""
+    if source.quantization is not None:
+        method = source.quantization.get("quant_method")
+        raise InputError(f"{source.name} is quantized already ({method}); give the original 16-bit model")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{source.name} can't be loaded as a causal language model: {_first(error)}") from error
+    return model.eval()
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer. Raises CheckpointError where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{source.name} has no tokenizer that can be loaded: {_first(error)}") from error
+
+
+def model_config(source: Source) -> Any:
+    """The transformers config, without quantization_config. Raises CheckpointError for an unknown model type."""
+    settings = source.config
+    settings.pop("quantization_config", None)
+    try:
+        return AutoConfig.for_model(**settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{source.name}: transformers does not know this model ({_first(error)})") from error

@@ -1,0 +1,32 @@
+"""Peak memory of a stretch of work.
+
+On the CPU the kernel's own high-water mark of resident memory (VmHWM), which Linux lets a process reset; elsewhere
+the peak since the process began (ru_maxrss). On CUDA the peak of torch's allocator.
+"""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new stretch of work, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")  # 5 resets the high-water mark: man 5 proc
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest memory held since `reset_peak`: resident bytes of the process, or allocated bytes on CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,1 @@
+"""Stands here so that pytest puts tests/ on the import path: every room's tests import architectures.py from it."""
