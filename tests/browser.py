@@ -150,6 +150,7 @@ class Browser:
         """Move the mouse to the middle of the first element that `selector` names, scrolled into view."""
         box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
         self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        self.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")  # its scroll event is over
         x, y = self.run(f"(box => [box.x + box.width / 2, box.y + box.height / 2])({box})")
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
@@ -158,9 +159,9 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page, from its top to its end, as a PNG."""
-        picture = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        """What the window shows, or the whole page, as a PNG."""
+        picture = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(picture))
 
 

@@ -69,6 +69,7 @@ def report(**changes: object) -> Report:
 
 def recipes() -> list[Report]:
     """Four recipes of one model, one of which fails a limit."""
+
     def fidelity(perplexity: float, kld: float, stderr: float, top1: float) -> Fidelity:
         return Fidelity(16.48, perplexity, kld, stderr, top1, 65408, "wiki_valid.txt", "41aa" * 16)
 

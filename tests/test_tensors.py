@@ -126,7 +126,7 @@ def test_bytes_count_codes_scales_and_zero_points(text: str, scale_dtype: torch.
     [
         ("w4a16-g64", "packed"),
         ("w8a16", "packed"),
-        ("w4a8", "packed"),
+        ("w4a8", "int8"),
         ("w8a8", "int8"),
         ("w8a8-static", "int8"),
         ("fp8", "fp8"),

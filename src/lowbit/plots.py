@@ -13,8 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import groupby
-from os.path import commonprefix
+from itertools import groupby, takewhile
 
 from jinja2 import Environment, StrictUndefined
 
@@ -70,6 +69,12 @@ class HeatMap:
     cells: tuple[Cell, ...]
     scales: dict[str, Scale]
 
+    def rows(self) -> list[tuple[str, list[Cell | None]]]:
+        """(kind, its cells along the blocks), None where a block has no such layer."""
+        placed = {(cell.kind, cell.block): cell for cell in self.cells}
+        columns = range(len(self.blocks))
+        return [(kind, [placed.get((row, column)) for column in columns]) for row, kind in enumerate(self.kinds)]
+
 
 @dataclass(frozen=True)
 class Point:
@@ -109,7 +114,6 @@ def render_comparison(title: str, reports: Sequence[Report]) -> str:
 
 def _render(title: str, verdict: str, reports: Sequence[Report], comparing: bool) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["commonprefix"] = divergence
     environment.globals |= {"words": wording, "heat_map": heat_map, "bar_path": bar_path, "worst": worst}
     template = environment.from_string(files("lowbit").joinpath("report.html").read_text(encoding="utf-8"))
     best = wording.best_for_size(reports)
@@ -188,7 +192,8 @@ def divergence(sample: TextSample) -> int:
     """How many characters the two continuations share, cut back to a whole word."""
     if sample.before == sample.after:
         return len(sample.before)
-    return commonprefix([sample.before, sample.after]).rfind(" ") + 1
+    shared = list(takewhile(lambda pair: pair[0] == pair[1], zip(sample.before, sample.after, strict=False)))
+    return sample.before[: len(shared)].rfind(" ") + 1
 
 
 def scatter(reports: Sequence[Report]) -> Scatter | None:

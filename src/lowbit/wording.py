@@ -12,6 +12,8 @@ from lowbit.errors import SchemeError
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.report import Fidelity, Gate, Report
 
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 SAME_SIZE = 1.005  # recipes of one scheme differ by a few bytes of metadata; within 0.5% they count as equal
 
 
@@ -22,11 +24,24 @@ def short_name(model: str) -> str:
 
 def size_text(count: float) -> str:
     """Bytes with three significant digits: "102 MB"."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, factor in UNITS:
         if count >= 0.9995 * factor:
             value = count / factor
             return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def tick_text(count: float) -> str:
+    """Bytes at a tick of an axis, without trailing zeros: "50 MB"."""
+    if not count:
+        return "0"
+    unit, factor = next(((unit, factor) for unit, factor in UNITS if count >= factor), ("bytes", 1.0))
+    return f"{count / factor:g} {unit}"
+
+
+def number_text(value: float) -> str:
+    """Three significant digits with a true minus sign."""
+    return f"{value:.3g}".replace("-", MINUS)
 
 
 def ratio_text(before: float, after: float) -> str:
@@ -47,7 +62,7 @@ def duration_text(seconds: float) -> str:
 def percent_text(fraction: float | None) -> str:
     """Three significant digits; never rounded up to 100%, so that "100%" means all; a dash for None."""
     if fraction is None or not math.isfinite(fraction):
-        return "–"
+        return DASH
     if fraction in (0, 1):
         return f"{100 * fraction:.0f}%"
     decimals = min(max(2 - math.floor(math.log10(100 * abs(fraction))), 1), 4)
@@ -61,7 +76,7 @@ def perplexity_text(value: float) -> str:
 
 def change_text(value: float, reference: float) -> str:
     """The relative change with its sign: "+29.6%"."""
-    return f"{100 * (value / reference - 1):+.1f}%".replace("-", "−")
+    return f"{100 * (value / reference - 1):+.1f}%".replace("-", MINUS)
 
 
 def kld_text(value: float, stderr: float | None = None) -> str:
@@ -82,7 +97,9 @@ def verdict(report: Report) -> str:
     """One quantization in a sentence, after the limits that fail, if any do."""
     name, ratio = short_name(report.model), ratio_text(report.bytes_before, report.bytes_after)
     text = f"{_subject(report.scheme)} {name} {ratio}; "
-    text += _fidelity_text(report.fidelity) if report.fidelity else "how close it stays to the original was not measured."
+    text += (
+        _fidelity_text(report.fidelity) if report.fidelity else "how close it stays to the original was not measured."
+    )
     failed = [gate for gate in report.gates if not gate.passed]
     if not failed:
         return text
@@ -94,7 +111,7 @@ def comparison_verdict(reports: Sequence[Report]) -> str:
     """Which recipe stays closest to the original and which is the smallest, after the recipes that fail a limit."""
     failed = sum(not report.passed for report in reports)
     start = f"Not good enough: {failed} of {_recipes(len(reports))} failed a limit. " if failed else ""
-    start += f"{short_name(reports[0].model)}, quantized in {_recipes(len(reports))}: "
+    start += f"{short_name(reports[0].model)}, quantized with {_recipes(len(reports))}: "
     measured = [report for report in reports if report.fidelity]
     if not measured:
         sizes = sorted(report.bytes_after for report in reports)
@@ -142,7 +159,9 @@ def _subject(text: str) -> str:
     except SchemeError:
         return f"The scheme {text} makes"
     weights = scheme.weights
-    subject = f"{weights.bits}-bit weights" if weights.format.kind == "int" else f"{str(weights.format).upper()} weights"
+    subject = (
+        f"{weights.bits}-bit weights" if weights.format.kind == "int" else f"{str(weights.format).upper()} weights"
+    )
     if scheme.activations is None:
         return f"{subject} make"
     same = scheme.activations.format == weights.format
@@ -152,11 +171,8 @@ def _subject(text: str) -> str:
 def _fidelity_text(fidelity: Fidelity) -> str:
     before, after = perplexity_text(fidelity.perplexity_reference), perplexity_text(fidelity.perplexity)
     change = change_text(fidelity.perplexity, fidelity.perplexity_reference)
-    if change.endswith("0.0%"):
-        moved = f"stays at {before}" if change in ("+0.0%", "−0.0%") else f"moves from {before} to {after} ({change})"
-    else:
-        verb = "rises" if fidelity.perplexity > fidelity.perplexity_reference else "falls"
-        moved = f"{verb} from {before} to {after} ({change})"
+    verb = "rises" if fidelity.perplexity > fidelity.perplexity_reference else "falls"
+    moved = f"stays at {before} ({change})" if before == after else f"{verb} from {before} to {after} ({change})"
     return (
         f"on {fidelity.tokens:,} held-out tokens its perplexity {moved}, "
         f"and its top choice agrees with the original on {percent_text(fidelity.top1_agreement)} of tokens."

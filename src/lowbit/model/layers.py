@@ -52,9 +52,11 @@ class LayerLog:
     records: list[LayerRecord] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
+    observed: bool = False
 
     def statistics(self, in_features: int, scheme: QuantScheme, device: torch.device) -> Statistics:
         """Empty statistics of an input of `in_features` channels, as far as this recipe needs them."""
+        self.observed = True
         static = scheme.activations is not None and not scheme.activations.dynamic
         observer = make_observer(self.recipe.observer, scheme.activations) if static and scheme.activations else None
         moment = SecondMoment(in_features, device) if self.recipe.method == "gptq" else None

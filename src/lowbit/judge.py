@@ -12,7 +12,7 @@ of one window are not.
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,12 @@ def _surprise(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, tokens: Tokens) -> float:
+def perplexity(model: PreTrainedModel, tokens: Tokens, on_window: Callable[[int], None] | None = None) -> float:
     """exp of the mean surprise of the text's tokens, windows of ids [samples, T]."""
     head, total = Head(model), 0.0
-    for hidden, ids in zip(hidden_states(model, tokens.ids), tokens.ids, strict=True):
+    for index, (hidden, ids) in enumerate(zip(hidden_states(model, tokens.ids), tokens.ids, strict=True)):
+        if on_window is not None:
+            on_window(index + 1)
         for start in range(0, ids.shape[0] - 1, _ROWS):
             stop = min(start + _ROWS, ids.shape[0] - 1)
             targets = ids[start + 1 : stop + 1].to(hidden.device)
@@ -189,20 +191,24 @@ def continuation(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: in
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def task_scores(
-    model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str], limit: int | None, task_path: Path | None
-) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value from lm-eval (an extra). task_path is a folder of more task files (YAML).
+@dataclass(frozen=True)
+class Tasks:
+    """lm-eval tasks by name; limit: examples per task, None for all; path: a folder with more task files (YAML)."""
 
-    Raises InputError for a task that lm-eval does not know.
-    """
+    names: tuple[str, ...]
+    limit: int | None = None
+    path: Path | None = None
+
+
+def task_scores(model: PreTrainedModel, tokenizer: Any, tasks: Tasks) -> dict[str, dict[str, float]]:
+    """Task -> metric -> value, from lm-eval (an extra). Raises InputError for a task that it does not know."""
     lm_eval = require("lm_eval", "tasks")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    manager = require("lm_eval.tasks", "tasks").TaskManager(include_path=str(task_path) if task_path else None)
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+    manager = require("lm_eval.tasks", "tasks").TaskManager(include_path=str(tasks.path) if tasks.path else None)
+    if unknown := [task for task in tasks.names if not manager.match_tasks([task])]:
         raise InputError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --task-path adds some")
     wrapped = require("lm_eval.models.huggingface", "tasks").HFLM(pretrained=model, tokenizer=tokenizer)
-    results = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0)
+    results = lm_eval.simple_evaluate(wrapped, tasks=list(tasks.names), limit=tasks.limit, task_manager=manager, bootstrap_iters=0)
     return {
         task: {name.removesuffix(",none"): value for name, value in scores.items() if isinstance(value, float)}
         for task, scores in results["results"].items()
