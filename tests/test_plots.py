@@ -91,8 +91,18 @@ def test_the_scatter_chart_places_size_across_and_divergence_up() -> None:
         assert point.x == pytest.approx(100 * point.report.bytes_after / (1.05 * 269060552))
         assert 0 <= point.error[0] <= point.y <= point.error[1] <= 100
     labels = [point.label_y for point in chart.points]
-    assert all(high - low >= plots.LABEL_GAP - 1e-9 for high, low in pairwise(labels))
+    assert all(high - low >= 6.5 for high, low in pairwise(labels))
     assert [value for _, value in chart.x_ticks] == [0, 1e8, 2e8]
+
+
+def test_labels_of_points_that_nearly_meet_stay_a_line_apart() -> None:
+    fidelity = report().fidelity
+    assert fidelity is not None
+    close = [report(fidelity=replace(fidelity, kld=kld)) for kld in (0.1370, 0.1372, 0.1374)]
+    chart = plots.scatter(close)
+    assert chart is not None
+    labels = [point.label_y for point in chart.points]
+    assert labels == [pytest.approx(labels[0] - 6.5 * place) for place in range(3)]
 
 
 def test_the_scatter_chart_is_linear_over_a_narrow_range_and_absent_without_measurements() -> None:

@@ -188,8 +188,15 @@ def test_one_recipe_is_shown_at_a_time_and_a_link_chooses_it(chromium: browser.B
     assert chromium.run(shown) == ["recipe-3"]
     chromium.run("document.querySelectorAll('.tabs a')[1].click()")
     assert chromium.run(shown) == ["recipe-2"]
+
+
+def test_paper_shows_every_recipe_and_cuts_nothing_off(chromium: browser.Browser, pages: Pages) -> None:
+    chromium.open(pages.several, width=718)  # A4 with margins of 1 cm, at 96 pixels an inch
     chromium.call("Emulation.setEmulatedMedia", media="print")
-    assert len(chromium.run(shown)) == 4
+    assert boxes(chromium, "article.recipe") == 4
+    assert chromium.run("document.scrollingElement.scrollWidth") <= 718
+    right = "[...document.querySelectorAll('main *')].map(box => box.getBoundingClientRect().right)"
+    assert chromium.run(f"Math.max(...{right})") <= 718 + 2  # the gap that stands around the cells of the heat map
 
 
 def test_every_number_is_there_without_javascript(chromium: browser.Browser, pages: Pages) -> None:

@@ -99,7 +99,8 @@ def test_the_verdict_says_when_nothing_was_measured() -> None:
 @pytest.mark.parametrize(
     ("scheme", "start"),
     [("w4a16-g64", "4-bit weights make"), ("w8a8", "8-bit weights and activations make"),
-     ("nf4-b64", "NF4 weights make"), ("w4a8", "4-bit weights and 8-bit activations make"), ("mixed", "The scheme mixed makes")],
+     ("nf4-b64", "NF4 weights make"), ("w4a8", "4-bit weights and 8-bit activations make"),
+     ("mixed", "The scheme mixed makes")],
 )  # fmt: skip
 def test_the_subject_of_the_verdict_is_the_scheme_in_words(scheme: str, start: str) -> None:
     assert wording.verdict(report(scheme=scheme)).startswith(f"{start} SmolLM2-135M-Instruct")

@@ -1,6 +1,6 @@
 """The command: verbs and options, tables and progress; what they do stands in verbs.py.
 
-Exit code 0 when everything asked for holds, 2 for input that cannot work, 3 for a gate that failed; 130 after Ctrl-C.
+Exit code 0 when everything asked for holds, 2 for input that cannot work, 3 for a gate that failed, 1 after Ctrl-C.
 """
 
 import logging
@@ -22,7 +22,7 @@ from lowbit.numerics.scheme import GRAMMAR, QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 from lowbit.options import Calibration, Evaluation, Gates
 from lowbit.report import Report
-from lowbit.terminal import Bar, comparison_table, contents_table, report_text, scores_text
+from lowbit.terminal import Bar, comparison_table, contents_table, report_text, samples_text, scores_text
 from lowbit.verbs import Conditions, compare, evaluate, quantize
 
 app = typer.Typer(
@@ -128,7 +128,7 @@ def compare_command(
             bar.show,
         )
         results = compare(model, parsed, out, conditions)
-    _STDOUT.print(comparison_table(results))
+    _STDOUT.print(comparison_table(results), samples_text(results))
     _copy(out / "report.json", json)
     _copy(out / "report.html", report)
     _STDOUT.print(f"wrote {out} and {report or out / 'report.html'}", soft_wrap=True)
@@ -197,16 +197,14 @@ def main() -> None:
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     warnings.simplefilter("default")
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        app()
+    except GateError as error:
+        _fail("limit not held", error, 3)
     except LowbitError as error:
-        _fail("limit not held" if isinstance(error, GateError) else "error", str(error), 3 if isinstance(error, GateError) else 2)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", "nothing was written", 130)
+        _fail("error", error, 2)
 
 
-def _fail(kind: str, message: str, code: int) -> None:
+def _fail(kind: str, error: LowbitError, code: int) -> None:
     _STDERR.print(f"[bold red]{kind}:[/] ", end="")
-    _STDERR.print(message, markup=False, highlight=False, soft_wrap=True)
+    _STDERR.print(str(error), markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

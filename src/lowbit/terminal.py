@@ -84,6 +84,19 @@ def comparison_table(reports: Sequence[Report]) -> Table:
     return table
 
 
+def samples_text(reports: Sequence[Report]) -> RenderableType:
+    """What the original and each recipe make of the same beginning."""
+    samples = [(report.recipe, report.sample) for report in reports if report.sample]
+    if not samples:
+        return ""
+    first = samples[0][1]
+    table = Table("model", f"{first.prompt} ...", title="Text before and after", show_lines=True)
+    table.add_row("original", first.before.strip())
+    for recipe, sample in samples:
+        table.add_row(recipe, sample.after.strip())
+    return table
+
+
 def _measures(perplexity: float | None, kld: str = "0", agreement: str = "100%") -> tuple[str, str, str]:
     if perplexity is None:
         return "", "", ""

@@ -89,6 +89,15 @@ def test_mse_is_as_good_as_brute_force(scheme: TensorScheme) -> None:
     assert found < _squared_error(x, low, high, scheme)
 
 
+def test_mse_leaves_the_outliers_of_both_ends_together() -> None:
+    """Clipping one end alone saves at most half a step: a search that moves one end at a time stays where it began."""
+    x = _values(20_000, outliers=2)
+    x[:2] = torch.tensor([-60.0, 60.0])
+    low, high = _observed("mse", INT4_ASYM, [x])
+    least = min(_squared_error(x, -60 / r, 60 / r, INT4_ASYM) for r in range(1, 40))
+    assert _squared_error(x, low, high, INT4_ASYM) <= 1.02 * least
+
+
 def test_mse_serves_fp8() -> None:
     x = _values()
     scheme = TensorScheme(FP8_E4M3, "tensor")

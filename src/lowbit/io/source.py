@@ -67,6 +67,8 @@ def open_source(model: str | Path) -> Iterator[Source]:
         yield _checked(Source(str(model), path))
     elif path.is_file():
         raise InputError(f"{model} is a file; give the model's folder, a .gguf file or a hub id")
+    elif str(model).startswith(("/", ".", "~")) or str(model).count("/") > 1:
+        raise InputError(f"there is no folder {model}")
     else:
         yield _checked(Source(str(model), _download(str(model))))
 
