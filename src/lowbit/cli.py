@@ -57,14 +57,16 @@ def quantize_command(
     model: Model,
     out: Out,
     scheme: Annotated[str, typer.Option(help=GRAMMAR)] = "w4a16-g64",
-    method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}; default: gptq, or rtn for nf4, fp4, fp8.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"{', '.join(METHODS)}; default: gptq, or rtn for nf4, fp4, fp8.")
+    ] = None,
     calibration: CalibrationText = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     seed: Seed = 0,
     device: Device = "auto",
-    ignore: Annotated[list[str], typer.Option(metavar="GLOB", help="Leave matching layers as they are.")] = [],
-    rule: Annotated[list[str], typer.Option(metavar="GLOB=SCHEME", help="Another scheme for matching layers.")] = [],
+    ignore: Annotated[list[str], typer.Option(metavar="GLOB", help="Leave matching layers as they are.")] = [],  # noqa: B006
+    rule: Annotated[list[str], typer.Option(metavar="GLOB=SCHEME", help="Another scheme for matching layers.")] = [],  # noqa: B006
     observer: Annotated[str, typer.Option(help=f"For static activations: {', '.join(OBSERVERS)}.")] = "mse",
     min_coverage: MinCoverage = 0.9,
     max_kld: MaxKld = None,
@@ -101,7 +103,9 @@ def quantize_command(
 def compare_command(
     model: Model,
     out: Out,
-    recipes: Annotated[str, typer.Option(help="METHOD:SCHEME,METHOD:SCHEME,...")] = "rtn:w8a8,rtn:w4a16-g64,gptq:w4a16-g64",
+    recipes: Annotated[
+        str, typer.Option(help="METHOD:SCHEME,METHOD:SCHEME,...")
+    ] = "rtn:w8a8,rtn:w4a16-g64,gptq:w4a16-g64",
     calibration: CalibrationText = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
@@ -138,7 +142,9 @@ def compare_command(
 @app.command("evaluate")
 def evaluate_command(
     model: Model,
-    reference: Annotated[str | None, typer.Option(metavar="ORIGINAL", help="The model to measure the distance to.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="ORIGINAL", help="The model to measure the distance to.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Held-out text; default: packaged.")] = None,
     windows: EvalWindows = 20,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, such as hellaswag,piqa.")] = "",
@@ -158,7 +164,9 @@ def evaluate_command(
 
 
 @app.command("inspect")
-def inspect_command(path: Annotated[str, typer.Argument(metavar="PATH", help="A folder, hub id or .gguf file.")]) -> None:
+def inspect_command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A folder, hub id or .gguf file.")],
+) -> None:
     """List what a checkpoint holds: every tensor with its shape, dtype, bytes and scheme."""
     _STDOUT.print(contents_table(inspect_checkpoint(path)))
 

@@ -63,6 +63,9 @@ def _schemes(source: Source, names: list[str]) -> dict[str, str]:
         parsed = parse_config(config, modules) if method == "compressed-tensors" else {}
     except CheckpointError:
         parsed = {}  # a scheme that lowbit can't run can still be listed
-    owners = {name: next((m for m in (name.rpartition(".")[0], name.partition(".weight")[0]) if m in modules), None) for name in names}
+    owners = {
+        name: next((m for m in (name.rpartition(".")[0], name.partition(".weight")[0]) if m in modules), None)
+        for name in names
+    }
     by_module = {module: str(parsed.get(module, method)) for module in modules}
     return {name: by_module[owner] for name, owner in owners.items() if owner is not None}

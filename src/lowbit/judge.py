@@ -185,7 +185,8 @@ def perplexity(model: PreTrainedModel, tokens: Tokens, on_window: Callable[[int]
 def continuation(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> str:
     """The model's greedy continuation of prompt, without the prompt."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         **inputs, max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.eos_token_id
     )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -206,9 +207,13 @@ def task_scores(model: PreTrainedModel, tokenizer: Any, tasks: Tasks) -> dict[st
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = require("lm_eval.tasks", "tasks").TaskManager(include_path=str(tasks.path) if tasks.path else None)
     if unknown := [task for task in tasks.names if not manager.match_tasks([task])]:
-        raise InputError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --task-path adds some")
+        raise InputError(
+            f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --task-path adds some"
+        )
     wrapped = require("lm_eval.models.huggingface", "tasks").HFLM(pretrained=model, tokenizer=tokenizer)
-    results = lm_eval.simple_evaluate(wrapped, tasks=list(tasks.names), limit=tasks.limit, task_manager=manager, bootstrap_iters=0)
+    results = lm_eval.simple_evaluate(
+        wrapped, tasks=list(tasks.names), limit=tasks.limit, task_manager=manager, bootstrap_iters=0
+    )
     return {
         task: {name.removesuffix(",none"): value for name, value in scores.items() if isinstance(value, float)}
         for task, scores in results["results"].items()

@@ -40,7 +40,8 @@ class PackedWeight:
     """Codes, scales and zero-points of one [N, K] weight.
 
     scale: [1], [N, 1] or [N, K/G] in the checkpoint's dtype; for nf4 and fp4 the blocks' absmax, float32 or nested.
-    zero: int32 packed along N as in compressed-tensors ([ceil(N B / 32), K/G]); int8 in the shape of the scale where the codes are not packed.
+    zero: int32 packed along N as in compressed-tensors ([ceil(N B / 32), K/G]); int8 in the shape of the scale where
+    the codes are not packed.
     """
 
     scheme: QuantScheme
@@ -132,7 +133,7 @@ class PackedWeight:
         return named
 
     def check(self, name: str) -> None:
-        """Raise CheckpointError unless every tensor has the shape that scheme and shape ask for; name is the layer's."""
+        """Raise CheckpointError unless every tensor has the shape that the scheme asks for; name is the layer's."""
         scale_dtype = self.scale.dtype if isinstance(self.scale, Tensor) else torch.float32
         expected, named = tensor_shapes(self.scheme, self.shape, scale_dtype), self.tensors()
         for key, (shape, dtype) in expected.items():
@@ -140,7 +141,7 @@ class PackedWeight:
             if found is None or tuple(found.shape) != shape or found.dtype != dtype:
                 have = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
                 raise CheckpointError(
-                    f"{name}.{key} is {have}, but {self.scheme} of a weight {list(self.shape)} needs {dtype} {list(shape)}; "
+                    f"{name}.{key} is {have}, but {self.scheme} of {list(self.shape)} weights needs {dtype} {list(shape)}; "
                     "the checkpoint is damaged or its config describes another one"
                 )
 
@@ -158,7 +159,7 @@ class PackedWeight:
 
     @classmethod
     def stack(cls, parts: Sequence["PackedWeight"]) -> "PackedWeight":
-        """Weights of one scheme and K, one below the other. Raises CheckpointError where each has a scale per tensor."""
+        """Weights of one scheme and K, one below the other. Raises CheckpointError where scales per tensor differ."""
         if len(parts) == 1:
             return parts[0]
         scales = [part.scale for part in parts if isinstance(part.scale, Tensor)]
@@ -200,6 +201,7 @@ def tensor_shapes(
     code_dtype = {"packed": torch.int32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[storage]
     width = words_per_row(columns, weights.bits) if storage == "packed" else columns
     scale_shape = _scale_shape(weights, rows, columns)
+    named: dict[str, tuple[tuple[int, ...], torch.dtype]]
     named = {"weight_packed" if storage == "packed" else "weight": ((rows, width), code_dtype)}
     named["weight_scale"] = (scale_shape, scale_dtype)
     if not weights.symmetric:

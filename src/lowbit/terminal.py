@@ -46,7 +46,9 @@ def report_text(report: Report) -> RenderableType:
     ranked = sorted(report.layers, key=lambda layer: -(layer.output_error or layer.relative_error))
     for layer in ranked[:5]:
         output = "" if layer.output_error is None else f"{layer.output_error:.4f}"
-        worst.add_row(layer.name, layer.scheme, layer.method, f"{layer.relative_error:.4f}", f"{layer.sqnr_db:.1f}", output)
+        worst.add_row(
+            layer.name, layer.scheme, layer.method, f"{layer.relative_error:.4f}", f"{layer.sqnr_db:.1f}", output
+        )
     skipped = Table("reason", "tensors", "parameters", title=f"Not quantized; {_covered(report)}")
     for reason in dict.fromkeys(item.reason for item in report.coverage.skipped):
         items = [item for item in report.coverage.skipped if item.reason == reason]
@@ -66,7 +68,11 @@ def comparison_table(reports: Sequence[Report]) -> Table:
     for name in ("size", "perplexity", "KL (nats/token)", "top-1", "seconds", "peak memory", "limits"):
         table.add_column(name, justify="right")
     first = reports[0].fidelity
-    table.add_row("original", wording.size_text(reports[0].bytes_before), *_measures(first.perplexity_reference if first else None))
+    table.add_row(
+        "original",
+        wording.size_text(reports[0].bytes_before),
+        *_measures(first.perplexity_reference if first else None),
+    )
     for report in reports:
         fidelity = report.fidelity
         table.add_row(

@@ -65,7 +65,9 @@ class _Original:
     device: torch.device
 
 
-def quantize(model: str | Path, out: str | Path, recipe: Recipe = Recipe(), conditions: Conditions = Conditions()) -> Report:
+def quantize(
+    model: str | Path, out: str | Path, recipe: Recipe = Recipe(), conditions: Conditions = Conditions()
+) -> Report:
     """Quantize `model`, write the checkpoint folder `out`, and report what it cost.
 
     model: a hub id, a folder or a .gguf file. The folder holds the checkpoint, report.json and report.html, and appears
@@ -133,7 +135,9 @@ def evaluate(
         tokenizer = load_tokenizer(source)
         tokens = _evaluation_tokens(evaluation, tokenizer)
         if original is not None and tokens.hash != original.tokens.hash:
-            raise InputError(f"{model} and {reference} have different tokenizers, so they can't be compared token by token")
+            raise InputError(
+                f"{model} and {reference} have different tokenizers, so they can't be compared token by token"
+            )
         loaded = _to(load_source(source, _working_dtype(source, target)), target)
         watch = partial(_count, progress, "measuring", len(tokens.ids))
         close = judge.fidelity(loaded, original, watch) if original is not None else None
@@ -157,7 +161,9 @@ def _device(name: str) -> torch.device:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"there is no device {name!r} here ({str(error).splitlines()[0]}); use cpu, cuda or auto") from None
+        raise InputError(
+            f"there is no device {name!r} here ({str(error).splitlines()[0]}); use cpu, cuda or auto"
+        ) from None
     return torch.device(name)
 
 
@@ -191,9 +197,7 @@ def _evaluation_tokens(evaluation: Evaluation, tokenizer: Any) -> Tokens:
     return text_windows(text, tokenizer, evaluation.windows, evaluation.seq_len, 0, source)
 
 
-def _measured(
-    source: Source, model: PreTrainedModel, recipes: Sequence[Recipe], conditions: Conditions
-) -> _Original:
+def _measured(source: Source, model: PreTrainedModel, recipes: Sequence[Recipe], conditions: Conditions) -> _Original:
     """Everything that is needed of the original, taken before its weights are replaced."""
     calibration, evaluation = conditions.calibration, conditions.evaluation
     conditions.gates.check_possible(evaluation)
@@ -207,7 +211,9 @@ def _measured(
         return _Original(source, tokenizer, tokens, None, "", device)
     held_out = _evaluation_tokens(evaluation, tokenizer)
     if tokens is not None and tokens.source == held_out.source:
-        raise InputError(f"{held_out.source} can't be both calibration and evaluation text: the result would flatter itself")
+        raise InputError(
+            f"{held_out.source} can't be both calibration and evaluation text: the result would flatter itself"
+        )
     conditions.progress("measuring the original", 0, 1)
     _to(model, device)
     reference = judge.Reference.of(model, held_out)
@@ -265,7 +271,8 @@ def _report(recipe: Recipe, original: _Original, conditions: Conditions, covered
         scheme=str(recipe.scheme),
         method=recipe.method,
         seed=seed,
-        versions={name: version(name) for name in ("lowbit", "torch", "transformers")} | {"python": platform.python_version()},
+        versions={name: version(name) for name in ("lowbit", "torch", "transformers")}
+        | {"python": platform.python_version()},
         calibration=record,
         coverage=covered,
         bytes_before=original.source.bytes,

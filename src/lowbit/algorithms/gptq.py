@@ -29,7 +29,7 @@ MAX_DAMPING = 10.0
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """damping is a share of mean(diag H); act_order takes columns by falling diag H; block columns are updated lazily."""
+    """damping: a share of mean(diag H); act_order: columns by falling diag H; block: columns updated lazily."""
 
     damping: float = 0.01
     act_order: bool = True

@@ -13,9 +13,13 @@ from lowbit.numerics.scheme import TensorScheme
 
 
 def solve_rtn(
-    w: Tensor, scheme: TensorScheme, dtype: torch.dtype, search: ScaleSearch | None = None, importance: Tensor | None = None
+    w: Tensor,
+    scheme: TensorScheme,
+    dtype: torch.dtype,
+    search: ScaleSearch | None = None,
+    importance: Tensor | None = None,
 ) -> Solution:
-    """Codes, scale and zero-point for w [N, K]; importance [K] weighs the search's error. Scales are stored in `dtype`."""
+    """Codes, scale (in `dtype`) and zero-point for w [N, K]; importance [K] weighs the search's error."""
     w = w.float()
     scale, zero = search_scale(w, scheme, dtype, search, importance)
     q = encode(w, scale, zero, scheme)

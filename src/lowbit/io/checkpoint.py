@@ -49,7 +49,9 @@ class _Stored:
         return {f"{name}.{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in named.items()}
 
 
-def write_checkpoint(source: Source, folder: Path, model: nn.Module, layout: Mapping[str, Piece], dtype: torch.dtype) -> None:
+def write_checkpoint(
+    source: Source, folder: Path, model: nn.Module, layout: Mapping[str, Piece], dtype: torch.dtype
+) -> None:
     """Fill the empty `folder` with the quantized form of `source`; layout is that of the model before it was quantized.
 
     dtype is that of the source's weights.

@@ -59,7 +59,8 @@ def _arguments(scheme: TensorScheme) -> dict[str, Any]:
 def parse_config(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, QuantScheme]:
     """The scheme of each quantized disk module under `config`. Raises CheckpointError for what lowbit can't read."""
     groups = [
-        ([str(target) for target in group["targets"]], _scheme(group)) for group in config.get("config_groups", {}).values()
+        ([str(target) for target in group["targets"]], _scheme(group))
+        for group in config.get("config_groups", {}).values()
     ]
     schemes = {}
     for module in modules:

@@ -22,7 +22,9 @@ def check_destination(out: Path, overwrite: bool, needed_bytes: int, source: Pat
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists already; choose another folder, or replace it with --overwrite")
     if out.exists() and not _replaceable(out):
-        raise InputError(f"{out} does not look like a checkpoint or a report, so it is not overwritten; remove it yourself")
+        raise InputError(
+            f"{out} does not look like a checkpoint or a report, so it is not overwritten; remove it yourself"
+        )
     free = shutil.disk_usage(_existing_parent(out)).free
     if free < needed_bytes:
         raise InputError(
@@ -62,7 +64,9 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         if replaced.exists() and not out.exists():
             os.rename(replaced, out)
         if error.errno == errno.ENOSPC:
-            raise InputError(f"no space left while writing {out}; nothing was kept there: free some space and run again") from error
+            raise InputError(
+                f"no space left while writing {out}; nothing was kept there: free some space and run again"
+            ) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

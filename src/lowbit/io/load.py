@@ -49,7 +49,9 @@ def load_source(source: Source, dtype: torch.dtype | None = None) -> PreTrainedM
         return load_float(source, dtype)
     method = source.quantization.get("quant_method")
     if method not in ("compressed-tensors", "bitsandbytes"):
-        raise CheckpointError(f"{source.name} is quantized by {method!r}; lowbit reads compressed-tensors and bitsandbytes")
+        raise CheckpointError(
+            f"{source.name} is quantized by {method!r}; lowbit reads compressed-tensors and bitsandbytes"
+        )
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     files = _Files.open(source)
@@ -59,7 +61,9 @@ def load_source(source: Source, dtype: torch.dtype | None = None) -> PreTrainedM
     model.tie_weights()
     run_experts_plainly(model)
     if surplus := files.unread():
-        _LOG.warning("%s: %d tensors have no place in the model, the first is %s", source.name, len(surplus), surplus[0])
+        _LOG.warning(
+            "%s: %d tensors have no place in the model, the first is %s", source.name, len(surplus), surplus[0]
+        )
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model.eval()
@@ -77,7 +81,9 @@ class _Files:
 
     @classmethod
     def open(cls, source: Source) -> "_Files":
-        places = {name: source.folder / shard for shard in source.shards for name in tensor_names(source.folder / shard)}
+        places = {
+            name: source.folder / shard for shard in source.shards for name in tensor_names(source.folder / shard)
+        }
         endings = (".weight_scale", ".weight.absmax")
         modules = [name.removesuffix(end) for name in places for end in endings if name.endswith(end)]
         return cls(places, dict.fromkeys(modules), source)
@@ -118,13 +124,15 @@ def _fill(model: nn.Module, layout: Mapping[str, Piece], files: _Files) -> _Pack
             part = _read_4bit(module, files) if bitsandbytes else _read_part(module, schemes[module], files, piece)
             packed.setdefault(piece.parameter, {}).setdefault(piece.expert, []).append(part)
         elif name in files.places:
-            target = parameters[piece.parameter]
+            target: Tensor = parameters[piece.parameter]
             target = target if piece.expert is None else target[piece.expert]
             value = files.get(name)
             if piece.expert is not None or target.shape != value.shape:
                 target = target[piece.start : piece.stop]
             if target.shape != value.shape:
-                raise CheckpointError(f"{name} is {list(value.shape)} on disk, and the model wants {list(target.shape)}")
+                raise CheckpointError(
+                    f"{name} is {list(value.shape)} on disk, and the model wants {list(target.shape)}"
+                )
             target.copy_(value)
         else:
             missing.append(name)
@@ -132,7 +140,9 @@ def _fill(model: nn.Module, layout: Mapping[str, Piece], files: _Files) -> _Pack
         if name in files.places:
             buffer.copy_(files.get(name))
     if missing:
-        raise CheckpointError(f"{files.source.name} lacks {len(missing)} tensors, the first is {missing[0]}; get it again")
+        raise CheckpointError(
+            f"{files.source.name} lacks {len(missing)} tensors, the first is {missing[0]}; get it again"
+        )
     return packed
 
 
@@ -157,7 +167,7 @@ def _read_4bit(module: str, files: _Files) -> _Part:
 def _replace(model: nn.Module, packed: _Packed) -> None:
     """Put quantized layers in the place of the float ones."""
     for parameter, experts in packed.items():
-        layers = {}
+        layers: dict[int | None, QuantLinear] = {}
         owner, _, attribute = parameter.rpartition(".")
         module = model.get_submodule(owner)
         for expert, parts in experts.items():
@@ -165,10 +175,12 @@ def _replace(model: nn.Module, packed: _Packed) -> None:
             weight = PackedWeight.stack([part.weight for part in parts])
             inputs = parts[0].inputs
             bias = getattr(module, "bias", None) if expert is None else None
-            layers[expert] = QuantLinear.from_packed(weight, bias, inputs.get("input_scale"), inputs.get("input_zero_point"))
+            layers[expert] = QuantLinear.from_packed(
+                weight, bias, inputs.get("input_scale"), inputs.get("input_zero_point")
+            )
         if None in layers:
             parent, _, name = owner.rpartition(".")
             setattr(model.get_submodule(parent), name, layers[None])
         else:
             delattr(module, attribute)
-            setattr(module, attribute, QuantExperts([layers[expert] for expert in sorted(layers)]))
+            setattr(module, attribute, QuantExperts([layers[expert] for expert in range(len(layers))]))

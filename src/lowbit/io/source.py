@@ -77,9 +77,13 @@ def _download(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(_WANTED)))
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise InputError(f"there is no folder {model} and no model of that name on the hub ({_first(error)})") from error
+        raise InputError(
+            f"there is no folder {model} and no model of that name on the hub ({_first(error)})"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise InputError(f"there is no folder {model}, and the hub could not be asked for it ({_first(error)})") from error
+        raise InputError(
+            f"there is no folder {model}, and the hub could not be asked for it ({_first(error)})"
+        ) from error
 
 
 def _first(error: BaseException) -> str:
@@ -92,7 +96,7 @@ def _from_gguf(path: Path, folder: Path) -> Source:
     if path.open("rb").read(4) != b"GGUF":
         raise CheckpointError(f"{path} is not a GGUF file: its first bytes are not 'GGUF'; download it again")
     require("gguf", "gguf")
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(
@@ -120,7 +124,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _checked(source: Source) -> Source:
     if "model_type" not in source.config:
-        raise CheckpointError(f"{source.folder / 'config.json'} has no model_type; give the folder of a Hugging Face model")
+        raise CheckpointError(
+            f"{source.folder / 'config.json'} has no model_type; give the folder of a Hugging Face model"
+        )
     if not source.shards:
         pickled = [path.name for path in source.folder.glob("*.bin")]
         hint = f"; {pickled[0]} is a pickle, which lowbit does not read: convert it to safetensors" if pickled else ""

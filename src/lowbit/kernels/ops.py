@@ -57,7 +57,9 @@ class _QuantizedLinear(torch.autograd.Function):
     """y = x W^T + b with the weight frozen: dX = dY W, db = sum dY."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight, static: tuple[Tensor | None, ...]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight, static: tuple[Tensor | None, ...]
+    ) -> Tensor:
         ctx.weight = weight
         return _call(x, bias, weight, static)
 

@@ -1,8 +1,8 @@
 """Which kernel runs an op: candidates in order of preference, each with its reason when it can't run.
 
 A candidate's `refusal` looks at the arguments and answers None or a sentence. `pick` takes the first that does not
-refuse; `explain` tells what every candidate said; `use` names one, within a `with` block, and then a refusal is an error
-instead of a silent second choice.
+refuse; `explain` tells what every candidate said; `use` names one, within a `with` block, and then a refusal is an
+error instead of a silent second choice.
 """
 
 from collections.abc import Callable, Iterator

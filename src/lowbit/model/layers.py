@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -108,14 +109,19 @@ def histogram(x: Tensor, layer: str, of: str) -> Histogram:
 
 
 def solve_linears(
-    module: nn.Module, prefix: str, names: Sequence[str], scheme: QuantScheme, observed: Statistics | None, log: LayerLog
+    module: nn.Module,
+    prefix: str,
+    names: Sequence[str],
+    scheme: QuantScheme,
+    observed: Statistics | None,
+    log: LayerLog,
 ) -> None:
     """Quantize linears of `module` that read one input, in place. prefix + name is what the report calls them."""
     if scheme.weights.granularity == "tensor" and len(names) > 1:
         for name in names:
             solve_linears(module, prefix, [name], scheme, observed, log)
         return
-    linears = [module.get_submodule(name) for name in names]
+    linears = [cast("nn.Linear", module.get_submodule(name)) for name in names]
     full_names = [f"{prefix}.{name}" if prefix else name for name in names]
     for full_name, linear in zip(full_names, linears, strict=True):
         check_finite(linear.weight, f"{full_name}.weight")

@@ -116,7 +116,9 @@ def _observe(
         if seen.name not in shapes:
             return
         if seen.in_axis != 2:
-            raise InputError(f"the experts {block.name}.{seen.name} are stored transposed; leave them out with --ignore")
+            raise InputError(
+                f"the experts {block.name}.{seen.name} are stored transposed; leave them out with --ignore"
+            )
         by_expert = expert_statistics[seen.name]
         if seen.expert not in by_expert:
             by_expert[seen.expert] = log.statistics(shapes[seen.name][2], schemes[seen.name], device)

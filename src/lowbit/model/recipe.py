@@ -36,9 +36,13 @@ class Recipe:
         schemes = [self.scheme, *(rule.scheme for rule in self.rules if rule.scheme)]
         for scheme in schemes:
             if self.method != "rtn" and scheme.weights.format.kind != "int":
-                raise SchemeError(f"{self.method} works on integer grids, and {scheme} is none; use --method rtn with it")
+                raise SchemeError(
+                    f"{self.method} works on integer grids, and {scheme} is none; use --method rtn with it"
+                )
         if len({scheme.weights.format.kind == "codebook" for scheme in schemes}) > 1:
-            raise SchemeError("nf4 and fp4 are written as bitsandbytes writes them and can't stand beside other schemes")
+            raise SchemeError(
+                "nf4 and fp4 are written as bitsandbytes writes them and can't stand beside other schemes"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":

@@ -28,7 +28,9 @@ class ExpertWeight:
     ) -> Tensor:
         x, weight, bias = (*args, (kwargs or {}).get("bias"), None)[:3]
         if function is not linear or not isinstance(weight, cls):
-            raise TypeError(f"a quantized expert can only be the weight of linear, not an argument of {function.__name__}")
+            raise TypeError(
+                f"a quantized expert can only be the weight of linear, not an argument of {function.__name__}"
+            )
         y = weight.layer(x)
         return y if bias is None else y + bias
 
@@ -36,7 +38,7 @@ class ExpertWeight:
 def run_experts_plainly(model: nn.Module) -> None:
     """Make transformers multiply one expert at a time; its grouped implementations need one float tensor of all."""
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"
 

@@ -39,7 +39,7 @@ class QuantLinear(nn.Linear):
             if not activations.symmetric:
                 self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int8, device=device))
         empty = torch.empty(out_features, dtype=dtype, device=device)
-        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+        self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
 
     @classmethod
     def from_packed(
