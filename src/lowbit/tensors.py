@@ -141,7 +141,7 @@ class PackedWeight:
             if found is None or tuple(found.shape) != shape or found.dtype != dtype:
                 have = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
                 raise CheckpointError(
-                    f"{name}.{key} is {have}, but {self.scheme} of {list(self.shape)} weights needs {dtype} {list(shape)}; "
+                    f"{name}.{key} is {have}, but {self.scheme} of {list(self.shape)} needs {dtype} {list(shape)}; "
                     "the checkpoint is damaged or its config describes another one"
                 )
 

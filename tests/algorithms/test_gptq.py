@@ -174,12 +174,12 @@ def test_a_moment_that_no_damping_repairs_is_refused() -> None:
 
 def test_inputs_of_the_solver_are_left_as_they_were() -> None:
     w, moment = _problem()
+    moment[3] = 0
+    moment[:, 3] = 0  # a dead column, whose diagonal the solver replaces
     kept_w, kept_moment = w.clone(), moment.clone()
-    moment_before = moment.data_ptr()
     solve_gptq(w, moment, _scheme("w4a16-g16"), torch.float32)
     assert torch.equal(w, kept_w)
     assert torch.equal(moment, kept_moment)
-    assert moment.data_ptr() == moment_before
 
 
 def test_eight_bits_lose_less_than_four() -> None:

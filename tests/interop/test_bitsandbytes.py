@@ -68,6 +68,21 @@ def test_codes_and_maxima_are_theirs(name: str, block: int, shape: tuple[int, in
         assert torch.equal(codebook.decode_blocks(codes, absmax, levels, block, shape, dtype), theirs)
 
 
+@pytest.mark.parametrize("length", [63, 64], ids=["last block, not full", "full block"])
+def test_a_tie_between_levels_falls_as_theirs_in_full_and_short_blocks(length: int) -> None:
+    """bfloat16 weights often lie halfway between fp4 levels, where a quotient and a product with 1 / absmax part."""
+    generator = torch.Generator().manual_seed(0)
+    levels, ways = codebook.levels_of("fp4"), []
+    for _ in range(200):
+        w = torch.randn(1, length, generator=generator).bfloat16()
+        packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="fp4")
+        codes, absmax = codebook.encode_blocks(w, levels, 64)
+        assert same_bits(codebook.pack_nibbles(codes), packed.view(-1))
+        assert same_bits(absmax, state.absmax)
+        ways.append(not torch.equal(w.float() / absmax, w.float() * (1 / absmax)))
+    assert any(ways)
+
+
 @pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 5000])
 def test_nested_codes_maxima_and_offset_are_theirs(count: int) -> None:
     absmax = make_weight((count,), torch.float32).abs()

@@ -117,6 +117,17 @@ def test_codes_and_decoded_weights_are_theirs(scheme: TensorScheme, dtype: torch
     assert torch.equal(decoded, fake_quantize(w, scale, zero, args).to(dtype))
 
 
+@pytest.mark.parametrize("zero_point", [-3, -2, 0, 1, 2])
+def test_a_tie_beside_a_zero_point_is_rounded_as_theirs(zero_point: int) -> None:
+    """The zero-point is added before rounding to even: 0.5 + 1 gives 2, where round(0.5) + 1 would give 1."""
+    scheme = TensorScheme(int_format(8), "tensor", False)
+    scale, zero = torch.ones(1), torch.tensor([zero_point], dtype=torch.int8)
+    x = torch.arange(-20.5, 20.5)
+    q = encode(x, scale, zero, scheme)
+    assert (q % 2 == 0).all()
+    assert torch.equal(q, quantize(x, scale, zero, theirs(scheme), dtype=torch.int8))
+
+
 @pytest.mark.parametrize("bits", INT_BITS)
 def test_a_group_of_zeros_decodes_to_zeros_under_both_zero_points(bits: int) -> None:
     """Their zero-point of an empty range is 0 / 0 turned into an integer, ours the lowest code; both are harmless."""
