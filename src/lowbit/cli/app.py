@@ -1,0 +1,12 @@
+"""The typer application that every verb registers with, and the two consoles: results on stdout, the rest on stderr."""
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Quantize a Hugging Face language model, measure what it cost, and write files that other programs load.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+STDOUT, STDERR = Console(soft_wrap=False), Console(stderr=True)

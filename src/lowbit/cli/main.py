@@ -1,0 +1,37 @@
+"""The entry point: registers the verbs, runs one, and turns lowbit's exceptions into a sentence and an exit code.
+
+Exit code 0 when everything asked for holds, 2 for input that cannot work, 3 for a gate that failed, 130 after Ctrl-C.
+"""
+
+import logging
+import sys
+import warnings
+
+from transformers.utils import logging as transformers_logging
+
+from lowbit.cli import measure, quantize
+from lowbit.cli.app import STDERR, app
+from lowbit.errors import GateError, LowbitError
+
+VERBS = (quantize, measure)  # imported for the commands that they register
+
+
+def main() -> None:
+    """Run the command; turn lowbit's exceptions into a sentence and an exit code."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    warnings.simplefilter("default")
+    try:
+        app()
+    except GateError as error:
+        _fail("limit not held", error, 3)
+    except LowbitError as error:
+        _fail("error", error, 2)
+
+
+def _fail(kind: str, error: LowbitError, code: int) -> None:
+    STDERR.print(f"[bold red]{kind}:[/] ", end="")
+    STDERR.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)

@@ -1,0 +1,53 @@
+"""Options that several verbs share, and how their texts are read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.errors import GateError, InputError
+from lowbit.report import Report
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a .gguf file.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
+CalibrationText = Annotated[
+    str | None, typer.Option("--calibration", help="Text, .jsonl or tokens file, or hub data set; default: packaged.")
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per calibration window.")]
+Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+MinCoverage = Annotated[float, typer.Option(help="Least share of the blocks' weights that must be quantized.")]
+MaxKld = Annotated[float | None, typer.Option(help="Largest mean KL to the original, in nats a token.")]
+MaxPpl = Annotated[str | None, typer.Option(metavar="P%", help="Largest rise of perplexity, such as 2%.")]
+EvalText = Annotated[Path | None, typer.Option(help="Held-out text to judge on; default: packaged.")]
+EvalWindows = Annotated[int, typer.Option(help="Windows of 1024 tokens to judge on.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the report here too, as JSON.")]
+Html = Annotated[Path | None, typer.Option("--report", help="Write the report here too, as one HTML page.")]
+
+
+def percent(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise InputError(f"--max-ppl-increase {text!r} is not a percentage such as 2%") from None
+
+
+def copy_to(written: Path, wanted: Path | None) -> None:
+    if wanted is not None:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        wanted.write_bytes(written.read_bytes())
+
+
+def raise_failed(reports: list[Report]) -> None:
+    failed = [
+        f"{report.recipe} has {gate.name} {gate.value:.4g}, and {gate.limit:.4g} was asked for"
+        for report in reports
+        for gate in report.gates
+        if not gate.passed
+    ]
+    if failed:
+        raise GateError("; ".join(failed))
