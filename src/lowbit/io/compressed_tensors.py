@@ -58,10 +58,13 @@ def _arguments(scheme: TensorScheme) -> dict[str, Any]:
 
 def parse_config(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, QuantScheme]:
     """The scheme of each quantized disk module under `config`. Raises CheckpointError for what lowbit can't read."""
-    groups = [
-        ([str(target) for target in group["targets"]], _scheme(group))
-        for group in config.get("config_groups", {}).values()
-    ]
+    try:
+        groups = [
+            ([str(target) for target in group["targets"]], _scheme(group))
+            for group in config.get("config_groups", {}).values()
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"config_groups of quantization_config can't be read ({error!r})") from error
     schemes = {}
     for module in modules:
         scheme = next((scheme for targets, scheme in groups if any(_matches(module, t) for t in targets)), None)

@@ -54,11 +54,11 @@ def load_source(source: Source, dtype: torch.dtype | None = None) -> PreTrainedM
         )
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # without initializing, it has not been done; a tied head has no tensor on disk
     files = _Files.open(source)
     with torch.no_grad():
         packed = _fill(model, disk_layout(model), files)
         _replace(model, packed)
-    model.tie_weights()
     run_experts_plainly(model)
     if surplus := files.unread():
         _LOG.warning(
@@ -89,6 +89,10 @@ class _Files:
         return cls(places, dict.fromkeys(modules), source)
 
     def get(self, name: str) -> Tensor:
+        if name not in self.places:
+            raise CheckpointError(
+                f"{self.source.name} lacks {name}, which its quantization_config asks for; get it again"
+            )
         self.read.add(name)
         path = self.places[name]
         if path not in self.handles:
@@ -148,9 +152,11 @@ def _fill(model: nn.Module, layout: Mapping[str, Piece], files: _Files) -> _Pack
 
 def _read_part(module: str, scheme: QuantScheme, files: _Files, piece: Piece) -> _Part:
     named = {key: files.get(f"{module}.{key}") for key in _WEIGHT_KEYS if f"{module}.{key}" in files.places}
-    inputs = {key: files.get(f"{module}.{key}") for key in _INPUT_KEYS if f"{module}.{key}" in files.places}
-    codes = named.get("weight_packed", named.get("weight"))
-    assert codes is not None
+    keys: tuple[str, ...] = ()
+    if scheme.activations is not None and not scheme.activations.dynamic:
+        keys = _INPUT_KEYS[:1] if scheme.activations.symmetric else _INPUT_KEYS
+    inputs = {key: files.get(f"{module}.{key}") for key in keys}
+    codes = named["weight"] if "weight" in named else files.get(f"{module}.weight_packed")
     columns = int(named["weight_shape"][1]) if "weight_shape" in named else codes.shape[1]
     shape = (piece.stop - piece.start, columns)
     weight = PackedWeight.from_tensors(named, scheme, shape)
@@ -170,6 +176,7 @@ def _replace(model: nn.Module, packed: _Packed) -> None:
         layers: dict[int | None, QuantLinear] = {}
         owner, _, attribute = parameter.rpartition(".")
         module = model.get_submodule(owner)
+        _check_whole(parameter, model.get_parameter(parameter).shape, experts)
         for expert, parts in experts.items():
             parts.sort(key=lambda part: part.start)
             weight = PackedWeight.stack([part.weight for part in parts])
@@ -184,3 +191,17 @@ def _replace(model: nn.Module, packed: _Packed) -> None:
         else:
             delattr(module, attribute)
             setattr(module, attribute, QuantExperts([layers[expert] for expert in range(len(layers))]))
+
+
+def _check_whole(parameter: str, shape: torch.Size, experts: Mapping[int | None, list[_Part]]) -> None:
+    """Raise CheckpointError unless the parts make up the parameter [N, K] or [E, N, K], under one scheme per matrix."""
+    whole = len(experts) == (shape[0] if len(shape) == 3 else 1)
+    for parts in experts.values():
+        rows = sum(part.weight.shape[0] for part in parts)
+        kinds = {(part.weight.scheme, part.weight.shape[1]) for part in parts}
+        whole = whole and rows == shape[-2] and len(kinds) == 1 and parts[0].weight.shape[1] == shape[-1]
+    if not whole:
+        raise CheckpointError(
+            f"{parameter} is {list(shape)} in the model, and its quantized tensors do not make that up under one "
+            "scheme; the checkpoint is damaged, or quantizes a part of what is one matrix in memory"
+        )
