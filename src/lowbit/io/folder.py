@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lowbit.errors import InputError
 from lowbit.wording import size_text
 
@@ -60,14 +62,21 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         if out.exists() and overwrite:
             os.rename(out, replaced)
         os.rename(partial, out)
-    except OSError as error:
-        if replaced.exists() and not out.exists():
-            os.rename(replaced, out)
-        if error.errno == errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if _is_full(error):
             raise InputError(
                 f"no space left while writing {out}; nothing was kept there: free some space and run again"
             ) from error
         raise
     finally:
+        if replaced.exists() and not out.exists():
+            os.rename(replaced, out)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Whether the disk is full; safetensors gives no errno, only the system's words for it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return os.strerror(errno.ENOSPC) in str(error)

@@ -38,7 +38,7 @@ class Source:
         """The safetensors files of the model, in order."""
         index = self.folder / INDEX
         if index.is_file():
-            return tuple(sorted(set(read_json(index)["weight_map"].values())))
+            return _shards_of(index)
         return tuple(sorted(path.name for path in self.folder.glob("*.safetensors")))
 
     @property
@@ -54,6 +54,17 @@ class Source:
     def quantization(self) -> dict[str, Any] | None:
         """The quantization_config of config.json, if it has one."""
         return self.config.get("quantization_config")
+
+
+def _shards_of(index: Path) -> tuple[str, ...]:
+    """The files that an index names. Raises CheckpointError where it names none, or one outside its folder."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} holds no weight_map; get a clean copy of the model")
+    for shard in places.values():
+        if not isinstance(shard, str) or shard != Path(shard).name:
+            raise CheckpointError(f"{index} names {shard!r}, which is not the name of a file in the folder")
+    return tuple(sorted(set(places.values())))
 
 
 @contextmanager
@@ -153,9 +164,16 @@ def load_float(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         method = source.quantization.get("quant_method")
         raise InputError(f"{source.name} is quantized already ({method}); give the original 16-bit model")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{source.name} can't be loaded as a causal language model: {_first(error)}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers has filled them with random numbers
+        raise CheckpointError(f"{source.name} lacks {len(missing)} tensors, the first is {missing[0]}; get it again")
+    for name, on_disk, wanted in found["mismatched_keys"]:
+        raise CheckpointError(f"{name} is {list(on_disk)} on disk, and the model wants {list(wanted)}; get it again")
     return model.eval()
 
 
