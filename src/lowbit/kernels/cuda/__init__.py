@@ -1,0 +1,1 @@
+"""CUDA C++ kernels as source (*.cu, *.cuh), and the one file that compiles, caches and launches them."""
