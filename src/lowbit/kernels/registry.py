@@ -1,8 +1,9 @@
 """Which kernel runs an op: candidates in order of preference, each with its reason when it can't run.
 
-A candidate's `refusal` looks at the arguments and answers None or a sentence. `pick` takes the first that does not
-refuse; `explain` tells what every candidate said; `use` names one, within a `with` block, and then a refusal is an
-error instead of a silent second choice.
+A candidate's `refusal` looks at the arguments and answers None or a sentence: the wrong device, compute capability,
+dtype or shape. `pick` takes the kernel that the measured table names (measured.py), if it does not refuse, else the
+first in order that does not; `explain` tells what every candidate said; `use` names one, within a `with` block, and
+then a refusal is an error instead of a silent second choice.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import InputError
 from lowbit.kernels import cpu, reference
+from lowbit.kernels.measured import fastest, generation_of
 from lowbit.tensors import PackedWeight
 
 
@@ -62,7 +64,9 @@ def pick(op: str, x: Tensor, weight: PackedWeight) -> Candidate:
         if reason := forced.refusal(x, weight):
             raise InputError(f"kernel {forced.name!r} can't run {op}: {reason}")
         return forced
-    return next(candidate for candidate in candidates if candidate.refusal(x, weight) is None)
+    winner = fastest(op, generation_of(x.device), weight.scheme.weights.format.name, x.shape[0])
+    ordered = sorted(candidates, key=lambda candidate: candidate.name != winner)  # stable: the others keep their order
+    return next(candidate for candidate in ordered if candidate.refusal(x, weight) is None)
 
 
 def explain(op: str, x: Tensor, weight: PackedWeight) -> dict[str, str]:
