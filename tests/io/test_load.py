@@ -3,7 +3,6 @@ logits must be met to the last bit."""
 
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ ROUND_TRIPS = {
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """A llama with a group, whose folder is copied by tests that damage it."""
     return write_quantized(tmp_path_factory.mktemp("llama"), "llama", "rtn:w4a16-g16")
 

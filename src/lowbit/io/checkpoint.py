@@ -58,6 +58,7 @@ def write_checkpoint(
     """
     stored = _stored(model, layout)
     weight_map: dict[str, str] = {}
+    total_bytes = 0
     for shard in source.shards:
         tensors: dict[str, Tensor] = {}
         with safe_open(source.folder / shard, framework="pt") as file:
@@ -67,9 +68,10 @@ def write_checkpoint(
                 else:
                     tensors[name] = file.get_tensor(name)
         weight_map |= dict.fromkeys(tensors, shard)
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / shard, metadata={"format": "pt"})
     assert not stored, f"quantized, but not found in the source's files: {sorted(stored)[:3]}"
-    _write_index(source, folder, weight_map)
+    _write_index(source, folder, weight_map, total_bytes)
     _copy_files(source, folder)
     config = source.config | {"quantization_config": _config(model, layout, dtype)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -113,11 +115,10 @@ def _is_matrix(model: nn.Module, piece: Piece) -> bool:
     return model.get_parameter(piece.parameter).dim() == 2
 
 
-def _write_index(source: Source, folder: Path, weight_map: dict[str, str]) -> None:
+def _write_index(source: Source, folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
     if not (source.folder / INDEX).is_file():
         return
-    size = sum((folder / shard).stat().st_size for shard in source.shards)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
