@@ -62,7 +62,8 @@ class QuantScheme:
     def __str__(self) -> str:
         weights, activations = self.weights, self.activations
         if weights.format.kind == "codebook":
-            return f"{weights.format}-b{weights.group_size}" + "-dq" * weights.nested
+            nested = "-dq" if weights.nested else ""
+            return f"{weights.format}-b{weights.group_size}{nested}"  # in one piece: Dynamo can't add to an f-string
         if weights.format.kind == "float":
             return "fp8"
         text = f"w{weights.bits}a{activations.bits if activations else 16}"
