@@ -13,6 +13,7 @@ from lowbit.cli import measure, quantize
 from lowbit.cli.app import STDERR, app
 from lowbit.errors import GateError, LowbitError
 
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 VERBS = (quantize, measure)  # imported for the commands that they register
 
 
@@ -29,9 +30,13 @@ def main() -> None:
         _fail("limit not held", error, 3)
     except LowbitError as error:
         _fail("error", error, 2)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:
+            _fail("stopped", "nothing was written, and what was there before is as it was", _INTERRUPTED)
+        raise
 
 
-def _fail(kind: str, error: LowbitError, code: int) -> None:
+def _fail(kind: str, error: LowbitError | str, code: int) -> None:
     STDERR.print(f"[bold red]{kind}:[/] ", end="")
     STDERR.print(str(error), markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -7,7 +7,7 @@ import typer
 
 from lowbit import judge
 from lowbit.cli.app import STDERR, STDOUT, app
-from lowbit.cli.options import Device, EvalWindows, Json, Model
+from lowbit.cli.options import Device, EvalWindows, Json, Model, check_files, write_file
 from lowbit.inspection import inspect_checkpoint
 from lowbit.options import Evaluation
 from lowbit.terminal import Bar, contents_table, scores_text
@@ -29,13 +29,14 @@ def evaluate_command(
     json: Json = None,
 ) -> None:
     """Measure MODEL: perplexity, distance from its original, lm-eval tasks."""
+    check_files(json)
     named = tuple(name.strip() for name in tasks.split(",") if name.strip())
     with Bar(STDERR) as bar:
         wanted = judge.Tasks(named, limit, task_path) if named else None
         scores = evaluate(model, reference, Evaluation(text, windows), wanted, device, bar.show)
     STDOUT.print(scores_text(scores))
     if json is not None:
-        json.write_text(scores.to_json() + "\n", encoding="utf-8")
+        write_file(json, f"{scores.to_json()}\n".encode())
 
 
 @app.command("inspect")

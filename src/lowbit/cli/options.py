@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lowbit.errors import GateError, InputError
+from lowbit.io.folder import why_not_writable
 from lowbit.report import Report
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a .gguf file.")]
@@ -36,10 +37,26 @@ def percent(text: str | None) -> float | None:
         raise InputError(f"--max-ppl-increase {text!r} is not a percentage such as 2%") from None
 
 
+def check_files(*wanted: Path | None) -> None:
+    """Raise InputError for a file that can't be written: before the long work, not after it."""
+    for path in wanted:
+        reason = None if path is None else "it is a folder" if path.is_dir() else why_not_writable(path)
+        if reason:
+            raise InputError(f"{path} can't be written, since {reason}; choose another file")
+
+
 def copy_to(written: Path, wanted: Path | None) -> None:
     if wanted is not None:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        wanted.write_bytes(written.read_bytes())
+        write_file(wanted, written.read_bytes())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Raises InputError where the file can't be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({error.strerror}); choose another file") from error
 
 
 def raise_failed(reports: list[Report]) -> None:

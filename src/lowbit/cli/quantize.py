@@ -21,6 +21,7 @@ from lowbit.cli.options import (
     Samples,
     Seed,
     SeqLen,
+    check_files,
     copy_to,
     percent,
     raise_failed,
@@ -61,6 +62,7 @@ def quantize_command(
     report: Html = None,
 ) -> None:
     """Quantize MODEL into a folder that transformers, vLLM and lowbit load, with a report of what it cost."""
+    check_files(json, report)
     parsed = QuantScheme.parse(scheme)
     rules = (*(Rule.parse(text) for text in rule), *(Rule(glob, None) for glob in ignore))
     recipe = Recipe(parsed, method or default_method(parsed), rules, observer)
@@ -103,6 +105,7 @@ def compare_command(
     report: Html = None,
 ) -> None:
     """Quantize MODEL by several recipes: one run, one table, one page; each result in its own folder under OUT."""
+    check_files(json, report)
     parsed = [Recipe.parse(text.strip()) for text in recipes.split(",")]
     with Bar(STDERR) as bar:
         conditions = Conditions(

@@ -27,12 +27,22 @@ def check_destination(out: Path, overwrite: bool, needed_bytes: int, source: Pat
         raise InputError(
             f"{out} does not look like a checkpoint or a report, so it is not overwritten; remove it yourself"
         )
+    if reason := why_not_writable(out):
+        raise InputError(f"{out} can't be written, since {reason}; choose another folder")
     free = shutil.disk_usage(_existing_parent(out)).free
     if free < needed_bytes:
         raise InputError(
             f"no space left for {out}: it needs about {size_text(needed_bytes)} and {size_text(free)} are free; "
             "free some space or choose another disk"
         )
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Why nothing new can be made at `path`, or None."""
+    parent = _existing_parent(path)
+    if not parent.is_dir():
+        return f"{parent} is not a folder"
+    return None if os.access(parent, os.W_OK | os.X_OK) else f"{parent} is read-only"
 
 
 def _existing_parent(path: Path) -> Path:
