@@ -28,12 +28,13 @@ from lowbit.model.quantize import Job, Progress, batched, needs_data, quantize_b
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import coverage, select
 from lowbit.observe.capture import find_blocks
-from lowbit.observe.tokens import Tokens, load_tokens, packaged_text, text_windows
+from lowbit.observe.tokens import Tokens, load_tokens, overlap, packaged_text, text_windows
 from lowbit.options import Calibration, Evaluation, Gates, Scores
 from lowbit.plots import render_comparison, render_report
 from lowbit.report import CalibrationRecord, Coverage, Report, TextSample
 from lowbit.tensors import check_finite
 
+MOST_SHARED = 0.01  # of the held-out text may occur in the calibration text: a licence, a table's head
 PROMPT = "The most important thing to know about the human heart is that"
 
 
@@ -210,9 +211,10 @@ def _measured(source: Source, model: PreTrainedModel, recipes: Sequence[Recipe],
     if evaluation is None:
         return _Original(source, tokenizer, tokens, None, "", device)
     held_out = _evaluation_tokens(evaluation, tokenizer)
-    if tokens is not None and tokens.source == held_out.source:
+    if tokens is not None and (tokens.source == held_out.source or overlap(tokens, held_out) > MOST_SHARED):
         raise InputError(
-            f"{held_out.source} can't be both calibration and evaluation text: the result would flatter itself"
+            f"{held_out.source} can't be both calibration and evaluation text: the result would flatter itself; "
+            "give another text for one of them"
         )
     conditions.progress("measuring the original", 0, 1)
     _to(model, device)

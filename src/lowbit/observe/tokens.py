@@ -83,6 +83,18 @@ def load_tokens(
     raise InputError(f"there is no calibration text {str(source)!r}; give {_SOURCES}")
 
 
+_RUN = 64  # tokens; two texts share a run of that length only where one holds the other's text
+
+
+def overlap(seen: Tokens, held_out: Tokens) -> float:
+    """The share of held_out's runs of 64 tokens, one after the other in each window, that occur anywhere in `seen`."""
+    run = min(_RUN, seen.ids.shape[1], held_out.ids.shape[1])
+    weights = torch.randint(2**62, (run,), generator=torch.Generator().manual_seed(0))
+    hashes = [(row.unfold(0, run, 1) * weights).sum(-1) for row in seen.ids]  # modulo 2^64, by int64's overflow
+    asked = (held_out.ids.unfold(1, run, run) * weights).sum(-1)
+    return torch.isin(asked, torch.cat(hashes)).float().mean().item()
+
+
 def text_windows(text: str, tokenizer: Tokenizer, samples: int, seq_len: int, seed: int, source: str) -> Tokens:
     """`samples` windows of seq_len tokens from text, chosen as the module's docstring says.
 
