@@ -130,6 +130,7 @@ def fidelity(model: PreTrainedModel, reference: Reference, on_window: Callable[[
         if on_window is not None:
             on_window(index + 1)
     sums = torch.stack(windows)  # [windows, 4]
+    _check_finite(sums, model)
     means = sums / (tokens.ids.shape[1] - 1)
     surprise, surprise_reference, kld, agreement = means.mean(0).tolist()
     stderr = means[:, 2].std().item() / math.sqrt(len(windows)) if len(windows) > 1 else 0.0
@@ -163,6 +164,14 @@ def _window_sums(head: Head, hidden: Tensor, reference: Reference, original: Ten
     return total
 
 
+def _check_finite(sums: Tensor, model: PreTrainedModel) -> None:
+    if not sums.isfinite().all():
+        raise InputError(
+            f"the logits of {type(model).__name__} hold NaN or infinity on the held-out text in {model.dtype}; choose "
+            "another scheme, or --no-eval to write the checkpoint all the same"
+        )
+
+
 def _surprise(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, targets, reduction="none")
 
@@ -178,6 +187,7 @@ def perplexity(model: PreTrainedModel, tokens: Tokens, on_window: Callable[[int]
             stop = min(start + _ROWS, ids.shape[0] - 1)
             targets = ids[start + 1 : stop + 1].to(hidden.device)
             total += _surprise(head(hidden[start:stop]), targets).double().sum().item()
+    _check_finite(torch.tensor(total), model)
     return math.exp(total / (tokens.ids.shape[0] * (tokens.ids.shape[1] - 1)))
 
 

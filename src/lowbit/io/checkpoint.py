@@ -70,6 +70,7 @@ def write_checkpoint(
         weight_map |= dict.fromkeys(tensors, shard)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / shard, metadata={"format": "pt"})
+        shutil.copymode(source.folder / shard, folder / shard)  # safetensors makes files that only their owner reads
     assert not stored, f"quantized, but not found in the source's files: {sorted(stored)[:3]}"
     _write_index(source, folder, weight_map, total_bytes)
     _copy_files(source, folder)
