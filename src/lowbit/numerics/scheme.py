@@ -63,7 +63,7 @@ class QuantScheme:
         weights, activations = self.weights, self.activations
         if weights.format.kind == "codebook":
             nested = "-dq" if weights.nested else ""
-            return f"{weights.format}-b{weights.group_size}{nested}"  # in one piece: Dynamo can't add to an f-string
+            return f"{weights.format.name}-b{weights.group_size}{nested}"  # of plain strings only, for Dynamo
         if weights.format.kind == "float":
             return "fp8"
         text = f"w{weights.bits}a{activations.bits if activations else 16}"
