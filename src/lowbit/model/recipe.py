@@ -39,7 +39,8 @@ class Recipe:
                 raise SchemeError(
                     f"{self.method} works on integer grids, and {scheme} is none; use --method rtn with it"
                 )
-        if len({scheme.weights.format.kind == "codebook" for scheme in schemes}) > 1:
+        kinds = {(scheme.weights.format.name, scheme.weights.nested) for scheme in schemes}
+        if len(kinds) > 1 and any(scheme.weights.format.kind == "codebook" for scheme in schemes):
             raise SchemeError(
                 "nf4 and fp4 are written as bitsandbytes writes them and can't stand beside other schemes"
             )

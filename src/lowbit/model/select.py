@@ -61,7 +61,8 @@ def select(
     tied = _tied_linears(model)
     schemes, skipped, eligible = {}, {}, set()
     candidates = dict(_candidates(model))
-    _check_rules(rules, [*candidates, *dict(model.named_modules())])
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    _check_rules(rules, candidates, owners)
     for name, shape in candidates.items():
         inside = name.startswith(f"{blocks}.")
         parameter = name if len(shape) == 3 else f"{name}.weight"
@@ -71,7 +72,7 @@ def select(
         chosen = rule.scheme if rule else scheme if inside else None
         reason = _refusal(name, shape, chosen, splittable)
         if rule is not None and rule.scheme is None:
-            reason = f"left as it is by the rule {rule.glob!r}"
+            reason = f"is left as it is by the rule {rule.glob!r}"
         elif name in tied:
             reason = "shares its weight with the embedding"
         elif rule is None and not inside:
@@ -87,7 +88,8 @@ def select(
         if reason.startswith("Conv1D"):
             eligible.add(name)
     if not schemes:
-        raise InputError("nothing is left to quantize: the rules exclude every linear layer of the decoder blocks")
+        first = next((name for name in skipped if name in eligible), "the model has no linear layer in its blocks")
+        raise InputError(f"nothing is left to quantize: {first} {skipped.get(first, '')}".rstrip())
     return Selection(schemes, skipped, frozenset(eligible))
 
 
@@ -107,11 +109,15 @@ def _tied_linears(model: nn.Module) -> set[str]:
     return {name for name, module in linears if id(module.weight) in embeddings}
 
 
-def _check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
+def _check_rules(rules: Sequence[Rule], candidates: Collection[str], owners: Collection[str]) -> None:
+    """Raise InputError for a rule that changes nothing; one that leaves layers as they are may also name a norm."""
     for rule in rules:
+        names = candidates if rule.scheme else {*candidates, *owners}
         if not any(fnmatchcase(name, rule.glob) for name in names):
-            ends = sorted({f"*.{name.rpartition('.')[2]}" for name in names if "." in name})[:8]
-            raise InputError(f"{rule.glob!r} matches no layer of this model; names end in {', '.join(ends)}")
+            ends = list(dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in candidates))[:12]
+            raise InputError(
+                f"{rule.glob!r} matches no layer of this model that can be quantized; names end in {', '.join(ends)}"
+            )
 
 
 def _refusal(
