@@ -63,6 +63,11 @@ def test_the_head_is_quantized_when_a_rule_names_it() -> None:
     assert found.schemes["lm_head"] == W8
 
 
+def test_a_static_scheme_for_the_head_is_refused() -> None:
+    with pytest.raises(SchemeError, match="lm_head stands outside the decoder blocks, where inputs are not observed"):
+        selected("llama", W4, (Rule("lm_head", QuantScheme.parse("w8a8-static")),))
+
+
 def test_a_tied_head_is_never_quantized() -> None:
     found = selected("gemma2", W4, (Rule("lm_head", W8),))
     assert "lm_head" not in found.schemes

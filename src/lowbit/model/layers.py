@@ -11,6 +11,7 @@ from lowbit.algorithms.gptq import solve_gptq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
+from lowbit.errors import InputError
 from lowbit.model.recipe import Recipe
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
@@ -134,7 +135,7 @@ def solve_linears(
     moment = observed.moment.value if observed is not None and observed.moment is not None else None
     w = torch.cat([linear.weight for linear in linears]).float()  # [sum of N, K]
     solution, method = log.solve(w, scheme, moment, ", ".join(full_names))
-    input_scale, input_zero = _static_grid(scheme, observed, log)
+    input_scale, input_zero = _static_grid(full_names[0], scheme, observed, log)
     start = 0
     for name, full_name, linear in zip(names, full_names, linears, strict=True):
         rows = slice(start, start := start + linear.out_features)
@@ -164,11 +165,16 @@ def solve_experts(
 
 
 def _static_grid(
-    scheme: QuantScheme, observed: Statistics | None, log: LayerLog
+    name: str, scheme: QuantScheme, observed: Statistics | None, log: LayerLog
 ) -> tuple[Tensor | None, Tensor | None]:
     """The activation scale and zero-point [1] that the observer chose; (None, None) where the scheme has none."""
-    if scheme.activations is None or scheme.activations.dynamic or observed is None or observed.observer is None:
+    if scheme.activations is None or scheme.activations.dynamic:
         return None, None
+    if observed is None or observed.observer is None:
+        raise InputError(
+            f"no calibration token reached {name}, so its static activations have no range; calibrate on more text, "
+            "or give it a dynamic scheme by a rule"
+        )
     low, high = observed.observer.range()
     return choose_scale(low.reshape(1), high.reshape(1), scheme.activations, log.scale_dtype)
 

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, SchemeError
 from lowbit.numerics.scheme import QuantScheme, check_fits
 from lowbit.report import Coverage, Skipped
 
@@ -79,6 +79,11 @@ def select(
             reason = "stands outside the decoder blocks; name it in a rule to quantize it"
         if reason is None and chosen is not None:
             check_fits(chosen.weights, shape[-1], name)
+            if not inside and chosen.activations is not None and not chosen.activations.dynamic:
+                raise SchemeError(
+                    f"{name} stands outside the decoder blocks, where inputs are not observed, so {chosen} can't find "
+                    "its scale; give it a dynamic scheme such as w8a8"
+                )
             schemes[name] = chosen
         else:
             skipped[parameter] = reason or "no scheme"
