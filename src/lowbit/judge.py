@@ -28,6 +28,7 @@ from lowbit.observe.tokens import Tokens
 from lowbit.optional import require
 from lowbit.report import Fidelity
 
+_MOST_NATS = 700.0  # exp of more overflows float64
 _ROWS = 256  # tokens whose logits exist at one time
 _BATCH_TOKENS = 8192  # large, because a packed weight is decoded once per forward
 
@@ -130,8 +131,8 @@ def fidelity(model: PreTrainedModel, reference: Reference, on_window: Callable[[
         if on_window is not None:
             on_window(index + 1)
     sums = torch.stack(windows)  # [windows, 4]
-    _check_finite(sums, model)
     means = sums / (tokens.ids.shape[1] - 1)
+    _check_sane(means, model)
     surprise, surprise_reference, kld, agreement = means.mean(0).tolist()
     stderr = means[:, 2].std().item() / math.sqrt(len(windows)) if len(windows) > 1 else 0.0
     return Fidelity(
@@ -164,11 +165,12 @@ def _window_sums(head: Head, hidden: Tensor, reference: Reference, original: Ten
     return total
 
 
-def _check_finite(sums: Tensor, model: PreTrainedModel) -> None:
-    if not sums.isfinite().all():
+def _check_sane(means: Tensor, model: PreTrainedModel) -> None:
+    """Raise InputError unless all means, in nats, are numbers of which exp can be taken."""
+    if not (means < _MOST_NATS).all():
         raise InputError(
-            f"the logits of {type(model).__name__} hold NaN or infinity on the held-out text in {model.dtype}; choose "
-            "another scheme, or --no-eval to write the checkpoint all the same"
+            f"the logits of {type(model).__name__} are NaN, infinite or much too large on the held-out text; choose "
+            "another model or scheme, or --no-eval to write the checkpoint all the same"
         )
 
 
@@ -187,8 +189,9 @@ def perplexity(model: PreTrainedModel, tokens: Tokens, on_window: Callable[[int]
             stop = min(start + _ROWS, ids.shape[0] - 1)
             targets = ids[start + 1 : stop + 1].to(hidden.device)
             total += _surprise(head(hidden[start:stop]), targets).double().sum().item()
-    _check_finite(torch.tensor(total), model)
-    return math.exp(total / (tokens.ids.shape[0] * (tokens.ids.shape[1] - 1)))
+    mean = total / (tokens.ids.shape[0] * (tokens.ids.shape[1] - 1))
+    _check_sane(torch.tensor(mean), model)
+    return math.exp(mean)
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
+from lowbit.errors import InputError
 from lowbit.model.recipe import Recipe
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics import metrics
 from lowbit.numerics.affine import choose_scale
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.observe.moments import SecondMoment
+from lowbit.observe.moments import SecondMoment, finite_range
 from lowbit.observe.ranges import Observer, make_observer
 from lowbit.report import Histogram, LayerRecord
 from lowbit.tensors import PackedWeight, check_finite
@@ -37,12 +38,13 @@ class Statistics:
 
     def update(self, x: Tensor) -> None:
         """Take the tokens of x [..., K] into account."""
-        if self.sample is None:
-            self.sample = histogram(x, "", "activation")
         if self.moment is not None:
             self.moment.update(x)
         if self.observer is not None:
             self.observer.update(x)
+        if self.sample is None:
+            finite_range(x)  # infinity can't be counted
+            self.sample = histogram(x, "", "activation")
 
 
 @dataclass
@@ -132,7 +134,7 @@ def solve_linears(
             log.note(full_name, scheme, "rtn", linear.weight.float(), packed.dequantize(), None, None)
             _put(module, name, QuantLinear.from_packed(packed, linear.bias))
         return
-    moment = observed.moment.value if observed is not None and observed.moment is not None else None
+    moment = _moment(observed, full_names[0])
     w = torch.cat([linear.weight for linear in linears]).float()  # [sum of N, K]
     solution, method = log.solve(w, scheme, moment, ", ".join(full_names))
     input_scale, input_zero = _static_grid(full_names[0], scheme, observed, log)
@@ -153,8 +155,8 @@ def solve_experts(
     layers = []
     for expert, w in enumerate(weights.float()):
         statistics = observed.get(expert)
-        moment = statistics.moment.value if statistics is not None and statistics.moment is not None else None
         full_name = f"{prefix}.{name}.{expert}"
+        moment = _moment(statistics, full_name)
         solution, method = log.solve(w, scheme, moment, full_name)
         log.note(full_name, scheme, method, w, solution.dequantized, statistics, moment)
         layers.append(QuantLinear.from_packed(_packed(solution, slice(None), scheme)))
@@ -162,6 +164,16 @@ def solve_experts(
     delattr(module.get_submodule(parent), attribute)
     _put(module, name, QuantExperts(layers))
     run_experts_plainly(module)
+
+
+def _moment(observed: Statistics | None, name: str) -> Tensor | None:
+    """The second moment [K, K] of a layer's input, where it was taken."""
+    if observed is None or observed.moment is None:
+        return None
+    try:
+        return observed.moment.value
+    except InputError as error:
+        raise InputError(f"the input of {name}: {error}; choose --method rtn") from error
 
 
 def _static_grid(
