@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import torch
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -63,10 +64,11 @@ def _covered(report: Report) -> str:
 
 
 def comparison_table(reports: Sequence[Report]) -> Table:
-    """The original and each recipe in a row: size, perplexity, KL, top-1, seconds, peak memory."""
-    table = Table("recipe", title=f"{reports[0].model}")
-    for name in ("size", "perplexity", "KL (nats/token)", "top-1", "seconds", "peak memory", "limits"):
-        table.add_column(name, justify="right")
+    """The original and each recipe in a row: size, perplexity, KL, top-1, seconds, peak memory; fits in 80 columns."""
+    table = Table(title=reports[0].model, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("recipe", no_wrap=True)
+    for name in ("size", "perplexity", "KL", "top-1", "seconds", "peak memory"):
+        table.add_column(name, justify="right", no_wrap=True)
     first = reports[0].fidelity
     table.add_row(
         "original",
@@ -85,8 +87,10 @@ def comparison_table(reports: Sequence[Report]) -> Table:
             ),
             f"{report.seconds:.1f}",
             wording.size_text(report.peak_memory_bytes),
-            "hold" if report.passed else "[red]not held[/]",
         )
+    table.caption = "KL(original || quantized) in nats a token, with its standard error"
+    if failed := [report.recipe for report in reports if not report.passed]:
+        table.caption += f"\n[red]a limit that was asked for is not held by {', '.join(failed)}[/]"
     return table
 
 

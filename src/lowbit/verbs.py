@@ -242,6 +242,7 @@ def _quantized(
     seconds, peak = time.perf_counter() - started, memory.peak_bytes(original.device)
     conditions.progress("writing", 0, 1)
     write_checkpoint(source, folder, model, layout, dtype)
+    conditions.progress("writing", 1, 1)
     report = _report(recipe, original, conditions, covered, log)
     report = replace(report, bytes_after=replace(source, folder=folder).bytes, seconds=seconds, peak_memory_bytes=peak)
     report = _judged(report, model, original, conditions)
