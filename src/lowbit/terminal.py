@@ -65,9 +65,9 @@ def _covered(report: Report) -> str:
 
 def comparison_table(reports: Sequence[Report]) -> Table:
     """The original and each recipe in a row: size, perplexity, KL, top-1, seconds, peak memory; fits in 80 columns."""
-    table = Table(title=reports[0].model, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=reports[0].model, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("recipe", no_wrap=True)
-    for name in ("size", "perplexity", "KL", "top-1", "seconds", "peak memory"):
+    for name in ("size", "ppl", "KL", "top-1", "seconds", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
     first = reports[0].fidelity
     table.add_row(
@@ -88,7 +88,7 @@ def comparison_table(reports: Sequence[Report]) -> Table:
             f"{report.seconds:.1f}",
             wording.size_text(report.peak_memory_bytes),
         )
-    table.caption = "KL(original || quantized) in nats a token, with its standard error"
+    table.caption = "ppl: perplexity; KL(original || quantized) in nats a token; peak: memory"
     if failed := [report.recipe for report in reports if not report.passed]:
         table.caption += f"\n[red]a limit that was asked for is not held by {', '.join(failed)}[/]"
     return table
