@@ -74,6 +74,11 @@ def parse_4bit(name: str, tensors: Mapping[str, Tensor]) -> PackedWeight:
     return PackedWeight(scheme, shape, codes, NestedAbsmax(absmax, nested_absmax, offset))
 
 
+def scheme_4bit(name: str, tensors: Mapping[str, Tensor]) -> QuantScheme:
+    """The scheme of layer `name`, out of its quant_state entry alone. Raises CheckpointError as `parse_4bit` does."""
+    return _scheme_and_shape(name, _read_state(name, tensors))[0]
+
+
 def config_4bit(scheme: QuantScheme, dtype: torch.dtype, skip: Sequence[str]) -> dict[str, object]:
     """The quantization_config from which transformers and vLLM read such a checkpoint.
 
