@@ -3,7 +3,6 @@
 usage:  python examples/demo.py MODEL OUT_DIR        (make demo does all of it)
 """
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,11 +17,9 @@ RECIPES = ("rtn:w8a8", "rtn:w4a16-g64", "gptq:w4a16-g64", "gptq:w4a16-g64-asym")
 def main(model: str, out: str) -> None:
     """One comparison, as a table, a sample of text, and a page."""
     console = Console()
-    shutil.rmtree(out, ignore_errors=True)
     with Bar(Console(stderr=True)) as bar:
-        conditions = Conditions(
-            Calibration(samples=64, seq_len=512), Evaluation(windows=16, seq_len=512), progress=bar.show
-        )
+        calibration, evaluation = Calibration(samples=64, seq_len=512), Evaluation(windows=16, seq_len=512)
+        conditions = Conditions(calibration, evaluation, overwrite=True, progress=bar.show)
         reports = compare(model, [Recipe.parse(text) for text in RECIPES], out, conditions)
     console.print(comparison_table(reports))
     console.print(samples_text(reports))
