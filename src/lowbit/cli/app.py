@@ -1,4 +1,4 @@
-"""The typer application that every verb registers with, and the two consoles: results on stdout, the rest on stderr."""
+"""The typer application that every verb registers with, the group of `lowbit bench` commands, and the two consoles: results on stdout, the rest on stderr."""
 
 import typer
 from rich.console import Console
@@ -10,3 +10,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 STDOUT, STDERR = Console(soft_wrap=False), Console(stderr=True)
+benches = typer.Typer(help="Measure lowbit's kernels on this machine.", no_args_is_help=True)
+app.add_typer(benches, name="bench")
