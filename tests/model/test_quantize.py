@@ -77,15 +77,16 @@ def test_gptq_beats_rounding_on_most_architectures() -> None:
 
 
 class TestStream:
-    """Block i is observed with what the already quantized blocks before it give."""
+    """A linear is observed with what the already quantized ones before it give, in its block and before it."""
 
     @pytest.mark.parametrize("block", [1, 2])
-    def test_a_block_is_calibrated_on_the_outputs_of_quantized_blocks(self, block: int) -> None:
+    def test_a_layer_is_calibrated_on_what_the_quantized_layers_before_it_give(self, block: int) -> None:
         model, recipe = tiny("llama"), Recipe.parse("gptq:w3a16-g32")
         quantize_in_memory(model, recipe)
         name = f"model.layers.{block}.self_attn.o_proj"
-        twin = copy.deepcopy(model)  # quantized up to this block, float from here on
-        for index in range(block, 3):
+        twin = copy.deepcopy(model)  # quantized up to this layer's inputs, float from here on
+        twin.model.layers[block].self_attn.o_proj = tiny("llama").model.layers[block].self_attn.o_proj
+        for index in range(block + 1, 3):
             twin.model.layers[index] = tiny("llama").model.layers[index]
         hand = self._solved(twin, name, recipe)
         assert torch.equal(model.get_submodule(name).packed.q(), hand)
@@ -114,7 +115,7 @@ class TestStream:
             if isinstance(module, QuantLinear)
         ]
         changed = sum((a != b).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs)
-        assert changed < 0.01  # float32 sums in another order may tip a value on a rounding boundary
+        assert changed < 0.05  # float32 sums in another order tip values on a boundary, and each stage adds to it
 
     def test_it_is_the_same_twice(self) -> None:
         states = []

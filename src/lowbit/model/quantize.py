@@ -1,8 +1,9 @@
 """The pipeline: walk a model's decoder blocks, observe their inputs, solve each weight, put quantized layers in place.
 
-Block i is observed with what the already quantized blocks before it give (observe/blocks.py); within a block all inputs
-are taken in one forward, which ends as soon as the last of them is known. Linears that read one input share its
-statistics and are solved as one matrix. A recipe that needs no statistics runs no forward at all.
+Block i is observed with what the already quantized blocks before it give (observe/blocks.py), and within a block each
+linear with what the quantized ones before it give: a forward per stage, which ends at the stage's input and skips what
+is settled (observe/endings.py). Linears that read one input share its statistics and are solved as one matrix. A recipe
+that needs no statistics runs no forward at all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,10 @@ from lowbit.model.select import Selection
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
 from lowbit.observe.capture import StopForward, find_blocks
+from lowbit.observe.endings import Replays, replaying
 from lowbit.observe.inputs import ExpertInput, expert_inputs, input_groups
+
+MAX_STAGES = 8  # a block whose experts are linears of their own would else run one forward for each of them
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and of how many."""
@@ -88,28 +92,62 @@ def _quantize_blind(module: nn.Module, prefix: str, schemes: dict[str, QuantSche
 
 
 def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: LayerLog) -> None:
+    """Solve the block's linears stage by stage, each on what the quantized ones before it give, then its experts."""
     linears, experts = _split(block.module, schemes)
     groups, idle = input_groups(block, linears)
-    statistics, expert_statistics = _observe(block, groups, experts, schemes, log)
-    for group in groups:
-        for scheme in dict.fromkeys(schemes[name] for name in group):
-            names = [name for name in group if schemes[name] == scheme]
-            observed = None if names[0] in idle else statistics[group[0]]
-            solve_linears(block.module, block.name, names, scheme, observed, log)
-    for name in experts:
-        solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
+    with replaying(block, linears) as replays:
+        for stage in _stages([group for group in groups if group[0] not in idle]):
+            statistics = _observe_linears(block, stage, schemes, log, replays)
+            for group in stage:
+                _solve_group(block, group, schemes, statistics[group[0]], log)
+            for name in stage[0] if len(stage) == 1 else ():
+                replays.settle(name)
+        for name in idle:
+            _solve_group(block, [name], schemes, None, log)
+        expert_statistics = _observe_experts(block, experts, schemes, log) if experts else {}
+        for name in experts:
+            solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
+        if not block.is_last:
+            block.advance()
 
 
-def _observe(
-    block: Block, groups: list[list[str]], experts: list[str], schemes: dict[str, QuantScheme], log: LayerLog
-) -> tuple[dict[str, Statistics], dict[str, dict[int, Statistics]]]:
-    """Statistics of every group's input (by its first linear) and of every expert's, in one pass over the batches."""
+def _stages(groups: list[list[str]]) -> list[list[list[str]]]:
+    """The groups in order of execution, cut into at most MAX_STAGES runs that are observed together."""
+    size = -(-len(groups) // MAX_STAGES)
+    return [groups[start : start + size] for start in range(0, len(groups), size or 1)]
+
+
+def _solve_group(
+    block: Block, group: list[str], schemes: dict[str, QuantScheme], observed: Statistics | None, log: LayerLog
+) -> None:
+    for scheme in dict.fromkeys(schemes[name] for name in group):
+        names = [name for name in group if schemes[name] == scheme]
+        solve_linears(block.module, block.name, names, scheme, observed, log)
+
+
+def _observe_linears(
+    block: Block, stage: list[list[str]], schemes: dict[str, QuantScheme], log: LayerLog, replays: Replays
+) -> dict[str, Statistics]:
+    """Statistics of the stage's inputs, by the first linear of each group, in one pass over the batches."""
     device = next(block.module.parameters()).device
-    statistics = {
-        group[0]: log.statistics(block.module.get_submodule(group[0]).in_features, schemes[group[0]], device)  # type: ignore[arg-type]
-        for group in groups
-    }
-    expert_statistics: dict[str, dict[int, Statistics]] = {name: {} for name in experts}
+    statistics = {}
+    with ExitStack() as hooks:
+        for group in stage:
+            linear = block.module.get_submodule(group[0])
+            statistics[group[0]] = log.statistics(linear.in_features, schemes[group[0]], device)  # type: ignore[arg-type]
+            kept = group if len(stage) == 1 else []  # in a longer stage later inputs are not final
+            hook = _watch(statistics[group[0]], f"{block.name}.{group[0]}", kept, replays, group is stage[-1])
+            hooks.callback(linear.register_forward_pre_hook(hook).remove)
+        block.run()
+    return statistics
+
+
+def _observe_experts(
+    block: Block, experts: list[str], schemes: dict[str, QuantScheme], log: LayerLog
+) -> dict[str, dict[int, Statistics]]:
+    """Statistics of the tokens that reach each expert, in one pass over the batches."""
+    device = next(block.module.parameters()).device
+    statistics: dict[str, dict[int, Statistics]] = {name: {} for name in experts}
     shapes = {name: block.module.get_parameter(name).shape for name in experts}
 
     def receive(seen: ExpertInput) -> None:
@@ -119,34 +157,34 @@ def _observe(
             raise InputError(
                 f"the experts {block.name}.{seen.name} are stored transposed; leave them out with --ignore"
             )
-        by_expert = expert_statistics[seen.name]
+        by_expert = statistics[seen.name]
         if seen.expert not in by_expert:
             by_expert[seen.expert] = log.statistics(shapes[seen.name][2], schemes[seen.name], device)
         by_expert[seen.expert].update(seen.x)
 
-    last = None if experts or not groups else groups[-1][0]
-    with ExitStack() as hooks:
-        for name, observed in statistics.items():
-            hook = _watch(observed, f"{block.name}.{name}", name == last)
-            hooks.callback(block.module.get_submodule(name).register_forward_pre_hook(hook).remove)
-        if experts:
-            hooks.enter_context(expert_inputs(block.module, receive))
+    with expert_inputs(block.module, receive):
         block.run()
-    return statistics, expert_statistics
+    return statistics
 
 
-def _watch(observed: Statistics, name: str, ends_forward: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _watch(
+    observed: Statistics, name: str, kept: Sequence[str], replays: Replays, ends_forward: bool
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that updates `observed`, keeps the input of the linears `kept`, and may end the forward."""
+
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         try:
             observed.update(args[0])
         except InputError as error:
             raise InputError(f"the input of {name}: {error}") from error
+        for linear in kept:
+            replays.keep(linear, args[0])
         if ends_forward:
             raise StopForward
 
     return hook
 
 
-def batched(ids: Tensor, tokens: int = 4096) -> Iterator[Tensor]:
+def batched(ids: Tensor, tokens: int = 2048) -> Iterator[Tensor]:
     """ids [samples, T] in batches of about `tokens` tokens."""
     yield from ids.split(max(tokens // ids.shape[1], 1))

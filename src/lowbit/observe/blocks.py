@@ -29,14 +29,44 @@ def hidden_states(output: Any) -> Tensor:
 
 
 class Block:
-    """One decoder block on the stream's device: index, name ("model.layers.3") and module, which may be changed."""
+    """One decoder block on the stream's device: index, name ("model.layers.3") and module, which may be changed.
+
+    batch is the number of the batch that is being forwarded.
+    """
 
     def __init__(self, stream: "BlockStream", index: int) -> None:
         self._stream = stream
         self.index = index
         self.name = f"{stream.name}.{index}"
         self.module = stream.blocks[index]
+        self.batch = 0
         self.advanced = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block and its arguments are."""
+        return self._stream.device
+
+    @property
+    def hidden_device(self) -> torch.device:
+        """Where hidden states are kept."""
+        return self._stream.hidden_device
+
+    @property
+    def is_last(self) -> bool:
+        return self.index + 1 == len(self._stream)
+
+    def input_bytes(self) -> int:
+        """About how many bytes the block's hidden states take, all batches together."""
+        args, kwargs = self.arguments(0)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        tokens = sum(batch.numel() for batch in self._stream.batches)
+        return hidden.nbytes * tokens // self._stream.batches[0].numel()
+
+    def _batches(self) -> Iterator[int]:
+        for batch in range(len(self._stream.batches)):
+            self.batch = batch
+            yield batch
 
     def arguments(self, batch: int) -> tuple[tuple, dict[str, Any]]:
         """The positional and keyword arguments of this block for one batch, on the stream's device."""
@@ -48,7 +78,7 @@ class Block:
 
         on_batch, if given, is called with the batch's number after each batch.
         """
-        for batch in range(len(self._stream.batches)):
+        for batch in self._batches():
             args, kwargs = self.arguments(batch)
             try:
                 with torch.no_grad():
@@ -60,7 +90,7 @@ class Block:
 
     def outputs(self) -> Iterator[Tensor]:
         """The output hidden states [b, T, K] of every batch in turn, on the stream's device."""
-        for batch in range(len(self._stream.batches)):
+        for batch in self._batches():
             args, kwargs = self.arguments(batch)
             with torch.no_grad():
                 output = self.module(*args, **kwargs)
@@ -68,7 +98,7 @@ class Block:
 
     def advance(self) -> None:
         """Forward every batch and make the outputs the next block's inputs. No other method works afterwards."""
-        for batch in range(len(self._stream.batches)):
+        for batch in self._batches():
             args, kwargs = self.arguments(batch)
             shared = {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
             with torch.no_grad():

@@ -28,8 +28,8 @@ class _Captured(StopForward):
         self.args_of_block, self.kwargs_of_block = args, kwargs
 
 
-class _StandIn(nn.Module):
-    """Takes a block's place: answers calls by itself, and has every attribute that the parent may read of the block."""
+class StandIn(nn.Module):
+    """Takes a module's place: answers calls by itself, and has every attribute that the parent may read of it."""
 
     def __init__(self, original: nn.Module, answer: Callable[..., Any]) -> None:
         super().__init__()
@@ -109,8 +109,8 @@ def block_arguments(model: nn.Module, name: str, index: int, tokens: Tensor, pre
     """
     blocks = model.get_submodule(name)
     assert isinstance(blocks, nn.ModuleList)
-    stand_ins = [_StandIn(block, lambda *_, **__: previous) for block in blocks[:index]]
-    stand_ins.append(_StandIn(blocks[index], _capture))
+    stand_ins = [StandIn(block, lambda *_, **__: previous) for block in blocks[:index]]
+    stand_ins.append(StandIn(blocks[index], _capture))
     with _replaced(model, name, nn.ModuleList([*stand_ins, *blocks[index + 1 :]])):
         try:
             model(input_ids=tokens, use_cache=False)

@@ -1,0 +1,128 @@
+"""Modules that end in one linear layer: their output can be made again from what that layer reads, and nothing else.
+
+An attention module returns what its output projection returned. Once the projection is the last weight in it that will
+still change, its queries, keys and values need not be computed again: `Replays` keeps what the projection read, and
+lets a stand-in answer with projection(kept).
+
+Endings are found by identity in one forward: the module's output is the very memory that the layer wrote. A module that
+returns more than that (keys and values, router scores) has none, nor has a block that writes into a mapping which later
+blocks read; these run in full.
+"""
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.observe.blocks import Block
+from lowbit.observe.capture import StandIn
+
+_SHARE = 1  # kept inputs take at most this many times the bytes of the block's own inputs
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Child `module` of a block returns what `linear` in it returned, followed by `nones` times None, as a tuple.
+
+    nones is None where it returns the bare tensor.
+    """
+
+    module: str
+    linear: str
+    nones: int | None
+
+
+def find_endings(block: Block, names: Sequence[str]) -> list[Ending]:
+    """The children of the block that end in one of the named linears (dotted names inside the block)."""
+    outputs: dict[str, list[Any]] = {name: [] for name, _ in block.module.named_children()}
+    inner = [name for name in names if "." in name]
+    outputs |= {name: [] for name in inner}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple, Any], None]:
+        return lambda _, __, output: outputs[name].append(output)
+
+    args, kwargs = block.arguments(0)
+    mappings = [value for value in kwargs.values() if isinstance(value, MutableMapping)]
+    before = [dict(mapping) for mapping in mappings]
+    with ExitStack() as hooks, torch.no_grad():
+        for name in outputs:
+            hooks.callback(block.module.get_submodule(name).register_forward_hook(watch(name)).remove)
+        block.module(*args, **kwargs)
+    if any(old.keys() != new.keys() for old, new in zip(before, mappings, strict=True)):
+        return []
+    found = []
+    for name in inner:
+        module = name.partition(".")[0]
+        if len(outputs[module]) == len(outputs[name]) == 1 and _is_all_of(outputs[module][0], outputs[name][0]):
+            nones = len(outputs[module][0]) - 1 if isinstance(outputs[module][0], tuple) else None
+            found.append(Ending(module, name, nones))
+    return found
+
+
+def _is_all_of(output: Any, tensor: Tensor) -> bool:
+    """Whether a module returned `tensor` and, beside it, nothing but None."""
+    first, *rest = output if isinstance(output, tuple) else (output,)
+    if not isinstance(first, Tensor) or any(item is not None for item in rest):
+        return False
+    return first.data_ptr() == tensor.data_ptr() and first.shape == tensor.shape
+
+
+class Replays:
+    """Keeps the inputs of ending linears, for as many batches as memory allows, and answers from them."""
+
+    def __init__(self, block: Block, endings: Sequence[Ending]) -> None:
+        self._block = block
+        self._endings = {ending.linear: ending for ending in endings}
+        # one piece of memory for all: kept tensors between short-lived ones left holes that cost 300 MB on SmolLM2
+        self._arena = torch.empty(
+            _SHARE * block.input_bytes() if endings else 0, dtype=torch.uint8, device=block.hidden_device
+        )
+        self._used = 0
+        self._kept: dict[str, dict[int, Tensor]] = {ending.linear: {} for ending in endings}
+        self._originals: dict[str, nn.Module] = {}
+
+    def keep(self, linear: str, x: Tensor) -> None:
+        """Keep x [..., K], the input of an ending linear in the current batch, while there is room for it."""
+        end = self._used + x.nbytes
+        if linear in self._kept and end <= self._arena.numel():
+            place = self._arena[self._used : end].view(x.dtype).view(x.shape)
+            self._kept[linear][self._block.batch] = place.copy_(x.detach())
+            self._used = -(-end // 16) * 16  # every dtype stays aligned
+
+    def settle(self, linear: str) -> None:
+        """`linear` has its final weight: from now on the module that ends in it answers from what was kept."""
+        if not self._kept.get(linear):
+            return
+        ending, kept, block = self._endings[linear], self._kept[linear], self._block
+        original = block.module.get_submodule(ending.module)
+        layer = block.module.get_submodule(linear)
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            if block.batch not in kept:
+                return original(*args, **kwargs)
+            y = layer(kept[block.batch].to(block.device))
+            return y if ending.nones is None else (y, *[None] * ending.nones)
+
+        self._originals[ending.module] = original
+        setattr(block.module, ending.module, StandIn(original, answer))
+
+    def restore(self) -> None:
+        """Put the modules back and let go of what was kept."""
+        for name, original in self._originals.items():
+            setattr(self._block.module, name, original)
+        self._originals.clear()
+        self._kept.clear()
+        self._arena = self._arena[:0].clone()
+
+
+@contextmanager
+def replaying(block: Block, names: Sequence[str]) -> Iterator[Replays]:
+    """Replays of the endings among `names`, whose modules are back in their places afterwards."""
+    replays = Replays(block, find_endings(block, names))
+    try:
+        yield replays
+    finally:
+        replays.restore()

@@ -1,0 +1,87 @@
+"""Endings: what a stand-in answers is bitwise what the module would have computed. Oracle: the module itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from architectures import TINY
+from lowbit.observe.blocks import Block, BlockStream
+from lowbit.observe.endings import Ending, Replays, find_endings, replaying
+
+TOKENS = [torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+EXPECTED = {
+    "llama": [Ending("self_attn", "self_attn.o_proj", 1), Ending("mlp", "mlp.down_proj", None)],
+    "mixtral": [Ending("self_attn", "self_attn.o_proj", 1)],
+    "gpt_neox": [Ending("attention", "attention.dense", 1), Ending("mlp", "mlp.dense_4h_to_h", None)],
+}
+
+
+def _linears(block: Block) -> list[str]:
+    return [name for name, module in block.module.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _keep_inputs(block: Block, replays: Replays, name: str) -> None:
+    linear = block.module.get_submodule(name)
+    handle = linear.register_forward_pre_hook(lambda _, args: replays.keep(name, args[0]))
+    block.run()
+    handle.remove()
+
+
+@pytest.mark.parametrize("model_type", EXPECTED)
+def test_attention_and_mlp_end_in_their_projections(model_type: str) -> None:
+    block = next(iter(BlockStream(TINY[model_type](), TOKENS)))
+    assert find_endings(block, _linears(block)) == EXPECTED[model_type]
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_outputs_with_settled_modules_are_bitwise_the_same(model_type: str) -> None:
+    """Every block of every architecture, everything settled that can be; the block is whole again afterwards."""
+    for block in BlockStream(TINY[model_type](), TOKENS):
+        linears, modules = _linears(block), dict(block.module.named_children())
+        wanted = [output.clone() for output in block.outputs()]
+        with replaying(block, linears) as replays:
+            for ending in find_endings(block, linears):
+                _keep_inputs(block, replays, ending.linear)
+                replays.settle(ending.linear)
+            assert all(torch.equal(x, y) for x, y in zip(block.outputs(), wanted, strict=True))
+        assert dict(block.module.named_children()) == modules
+
+
+def test_a_settled_module_does_not_run_but_its_last_linear_does() -> None:
+    block = next(iter(BlockStream(TINY["llama"](), TOKENS)))
+    with replaying(block, ["self_attn.o_proj"]) as replays:
+        attention = block.module.self_attn
+        _keep_inputs(block, replays, "self_attn.o_proj")
+        replays.settle("self_attn.o_proj")
+        ran: list[str] = []
+        attention.q_proj.register_forward_hook(lambda *_: ran.append("q_proj"))
+        attention.o_proj.register_forward_hook(lambda *_: ran.append("o_proj"))
+        list(block.outputs())
+    assert ran == ["o_proj"] * len(TOKENS)
+
+
+def test_memory_for_what_is_kept_is_limited_and_the_rest_is_computed() -> None:
+    """An MLP's inner width is larger than the hidden size, so its inputs fit for some batches only."""
+    block = next(iter(BlockStream(TINY["llama"](), TOKENS)))
+    wanted = [output.clone() for output in block.outputs()]
+    with replaying(block, ["mlp.down_proj"]) as replays:
+        down = block.module.mlp.down_proj
+        _keep_inputs(block, replays, "mlp.down_proj")
+        replays.settle("mlp.down_proj")
+        ran: list[int] = []
+        block.module.mlp._original[0].gate_proj.register_forward_hook(lambda *_: ran.append(block.batch))
+        assert all(torch.equal(x, y) for x, y in zip(block.outputs(), wanted, strict=True))
+        assert down.in_features > block.module.self_attn.o_proj.in_features
+    assert ran
+    assert len(ran) < len(TOKENS)
+
+
+def test_a_changed_last_linear_changes_the_answer() -> None:
+    block = next(iter(BlockStream(TINY["llama"](), TOKENS)))
+    with replaying(block, ["self_attn.o_proj"]) as replays:
+        _keep_inputs(block, replays, "self_attn.o_proj")
+        replacement = nn.Linear(64, 64, bias=False)
+        block.module.self_attn.o_proj = replacement
+        wanted = [output.clone() for output in block.outputs()]
+        replays.settle("self_attn.o_proj")
+        assert all(torch.equal(x, y) for x, y in zip(block.outputs(), wanted, strict=True))
