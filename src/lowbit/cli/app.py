@@ -1,4 +1,4 @@
-"""The typer application that every verb registers with, the group of `lowbit bench` commands, and the two consoles: results on stdout, the rest on stderr."""
+"""The typer application that verbs register with, its group of benches, and the consoles: results on stdout alone."""
 
 import typer
 from rich.console import Console
