@@ -6,6 +6,10 @@
 Both are what a compressed-tensors reader computes on the decompressed weights, to the last bit in float32.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -24,9 +28,33 @@ def activation_scale(
     return choose_scale(*value_range(x, scheme), scheme, x.dtype)
 
 
+_Decoded = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]  # by the codes' address; the codes, their weight
+_kept: ContextVar[_Decoded | None] = ContextVar("lowbit_decoded", default=None)
+
+
+@contextmanager
+def keeping_decoded() -> Iterator[None]:
+    """Within the block, the reference decodes each weight once and keeps it, at the cost of its memory."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    kept = _kept.get()
+    if kept is None:
+        return weight.dequantize(dtype)
+    key = weight.codes.data_ptr(), dtype
+    if key not in kept:
+        kept[key] = weight.codes, weight.dequantize(dtype)  # the codes too, so that no other takes their address
+    return kept[key][1]
+
+
 def wna16_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [M, K] times the dequantized weight [N, K], transposed: [M, N] in x's dtype."""
-    return linear(x, weight.dequantize(x.dtype), bias)
+    return linear(x, _decoded(weight, x.dtype), bias)
 
 
 def wa8_linear(
@@ -41,7 +69,7 @@ def wa8_linear(
     assert scheme is not None
     scale, zero = activation_scale(x, scheme, static_scale, static_zero)
     rounded = decode(encode(x, scale, zero, scheme), scale, zero, scheme)
-    return linear(rounded.to(x.dtype), weight.dequantize(x.dtype), bias)
+    return linear(rounded.to(x.dtype), _decoded(weight, x.dtype), bias)
 
 
 def int8_product(q: Tensor, codes: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
+from lowbit.kernels.reference import keeping_decoded
 from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import Selection
@@ -95,7 +96,7 @@ def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: Layer
     """Solve the block's linears stage by stage, each on what the quantized ones before it give, then its experts."""
     linears, experts = _split(block.module, schemes)
     groups, idle = input_groups(block, linears)
-    with replaying(block, linears) as replays:
+    with keeping_decoded(), replaying(block, linears) as replays:
         for stage in _stages([group for group in groups if group[0] not in idle]):
             statistics = _observe_linears(block, stage, schemes, log, replays)
             for group in stage:

@@ -2,7 +2,7 @@
 
 An attention module returns what its output projection returned. Once the projection is the last weight in it that will
 still change, its queries, keys and values need not be computed again: `Replays` keeps what the projection read, and
-lets a stand-in answer with projection(kept).
+once its weight is final lets a stand-in answer with projection(kept).
 
 Endings are found by identity in one forward: the module's output is the very memory that the layer wrote. A module that
 returns more than that (keys and values, router scores) has none, nor has a block that writes into a mapping which later
@@ -97,17 +97,24 @@ class Replays:
         if not self._kept.get(linear):
             return
         ending, kept, block = self._endings[linear], self._kept[linear], self._block
-        original = block.module.get_submodule(ending.module)
-        layer = block.module.get_submodule(linear)
+        original, layer = block.module.get_submodule(ending.module), block.module.get_submodule(linear)
+        for batch, x in kept.items():
+            kept[batch] = self._product(layer, x)
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             if block.batch not in kept:
                 return original(*args, **kwargs)
-            y = layer(kept[block.batch].to(block.device))
+            y = kept[block.batch].to(block.device, copy=True)  # a copy: the block may change it in place
             return y if ending.nones is None else (y, *[None] * ending.nones)
 
         self._originals[ending.module] = original
         setattr(block.module, ending.module, StandIn(original, answer))
+
+    @torch.no_grad()
+    def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """layer(x), in the memory of x where it fits there."""
+        y = layer(x.to(self._block.device)).to(x.device)
+        return x.view(-1)[: y.numel()].view(y.shape).copy_(y) if y.dtype == x.dtype and y.numel() <= x.numel() else y
 
     def restore(self) -> None:
         """Put the modules back and let go of what was kept."""
