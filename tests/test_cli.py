@@ -254,8 +254,11 @@ def command_line(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_leaves_nothing_behind_and_exits_130(place: Path, tmp_path: Path) -> None:
-    """A real process, interrupted while it quantizes: --samples makes that last for minutes."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_leaves_nothing_behind_and_has_its_code(
+    place: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """A real process, stopped while it quantizes: --samples makes that last for minutes."""
     write_text(tmp_path / "long.txt", seed=2, characters=300_000)
     before = sorted(path.name for path in tmp_path.iterdir())
     long = ["--calibration", tmp_path / "long.txt", "--samples", 2200, "--seq-len", 128, "--no-eval"]
@@ -263,9 +266,9 @@ def test_ctrl_c_leaves_nothing_behind_and_exits_130(place: Path, tmp_path: Path)
         while not any(path.name.startswith(".out.partial") for path in tmp_path.iterdir()):
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert err.strip().splitlines()[-1] == "stopped: nothing was written, and what was there before is as it was"
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -16,15 +16,16 @@ from lowbit.report import Report
 
 
 class Bar:
-    """A progress line per stage: steps, time left, and the peak memory so far."""
+    """A progress line per stage: steps, time left, and the peak memory so far of the device that does the work."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, device: str = "auto") -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(
             *columns, TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[memory]}"), console=console
         )
         self._tasks: dict[str, int] = {}
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        on_cuda = torch.cuda.is_available() and device.startswith(("auto", "cuda"))
+        self._device = torch.device("cuda" if on_cuda else "cpu")
 
     def __enter__(self) -> "Bar":
         self._progress.start()

@@ -109,7 +109,7 @@ def test_without_a_token_gptq_rounds_and_warns() -> None:
         solve_linears(module, "blocks.0", ["q"], log.recipe.scheme, None, log)
         expected = solve_rtn(block()["q"].weight, log.recipe.scheme.weights, torch.float32)
     assert torch.equal(module["q"].packed.q(), expected.q)
-    assert log.warnings == ["blocks.0.q: no calibration token reached it, so it was rounded to nearest"]
+    assert log.warnings == ["blocks.0.q: no calibration token was seen there, so it was rounded to nearest"]
     assert log.records[0].method == "rtn"
 
 
@@ -152,7 +152,7 @@ def test_an_expert_without_tokens_is_rounded_beside_others_that_are_solved() -> 
     assert isinstance(experts, QuantExperts)
     assert "up" not in dict(module.experts.named_parameters(recurse=False))
     assert [record.method for record in log.records] == ["gptq", "rtn", "gptq"]
-    assert log.warnings == ["blocks.0.experts.up.1: no calibration token reached it, so it was rounded to nearest"]
+    assert log.warnings == ["blocks.0.experts.up.1: no calibration token was seen there, so it was rounded to nearest"]
     assert torch.equal(experts[1].layer.packed.q(), solve_rtn(w[1], weights, torch.float32).q)
     moment = statistics[2].moment
     assert moment is not None

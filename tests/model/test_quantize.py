@@ -192,7 +192,7 @@ class TestOdds:
         rounded = [record.name for record in log.records if record.method == "rtn"]
         assert len([name for name in rounded if name.startswith("model.layers.0.mlp.experts")]) == 4  # 2 of 4 experts
         assert {warning.partition(":")[0] for warning in log.warnings} == set(rounded)
-        assert all("no calibration token reached it" in warning for warning in log.warnings)
+        assert all("no calibration token was seen there" in warning for warning in log.warnings)
 
     def test_a_recipe_that_needs_no_data_runs_no_forward(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, recipe = tiny("llama"), Recipe.parse("rtn:w8a8")

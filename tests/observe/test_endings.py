@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from architectures import TINY
 from torch import nn
 
-from architectures import TINY
 from lowbit.observe.blocks import Block, BlockStream
 from lowbit.observe.endings import Ending, Replays, find_endings, replaying
 

@@ -31,7 +31,7 @@ def evaluate_command(
     """Measure MODEL: perplexity, distance from its original, lm-eval tasks."""
     check_files(json)
     named = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    with Bar(STDERR) as bar:
+    with Bar(STDERR, device) as bar:
         wanted = judge.Tasks(named, limit, task_path) if named else None
         scores = evaluate(model, reference, Evaluation(text, windows), wanted, device, bar.show)
     STDOUT.print(scores_text(scores))

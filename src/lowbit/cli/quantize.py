@@ -66,7 +66,7 @@ def quantize_command(
     parsed = QuantScheme.parse(scheme)
     rules = (*(Rule.parse(text) for text in rule), *(Rule(glob, None) for glob in ignore))
     recipe = Recipe(parsed, method or default_method(parsed), rules, observer)
-    with Bar(STDERR) as bar:
+    with Bar(STDERR, device) as bar:
         conditions = Conditions(
             Calibration(calibration, samples, seq_len, seed),
             None if no_eval else Evaluation(eval_text, eval_windows),
@@ -107,7 +107,7 @@ def compare_command(
     """Quantize MODEL by several recipes: one run, one table, one page; each result in its own folder under OUT."""
     check_files(json, report)
     parsed = [Recipe.parse(text.strip()) for text in recipes.split(",")]
-    with Bar(STDERR) as bar:
+    with Bar(STDERR, device) as bar:
         conditions = Conditions(
             Calibration(calibration, samples, seq_len, seed),
             Evaluation(eval_text, eval_windows),

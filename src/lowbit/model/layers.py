@@ -69,7 +69,7 @@ class LayerLog:
         """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning."""
         method = self.recipe.method
         if method == "gptq" and moment is None:
-            self.warnings.append(f"{name}: no calibration token reached it, so it was rounded to nearest")
+            self.warnings.append(f"{name}: no calibration token was seen there, so it was rounded to nearest")
             method = "rtn"
         if method == "gptq":
             assert moment is not None
