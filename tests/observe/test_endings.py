@@ -47,7 +47,7 @@ def test_outputs_with_settled_modules_are_bitwise_the_same(model_type: str) -> N
         assert dict(block.module.named_children()) == modules
 
 
-def test_a_settled_module_does_not_run_but_its_last_linear_does() -> None:
+def test_nothing_of_a_settled_module_runs_any_more() -> None:
     block = next(iter(BlockStream(TINY["llama"](), TOKENS)))
     with replaying(block, ["self_attn.o_proj"]) as replays:
         attention = block.module.self_attn
@@ -57,23 +57,25 @@ def test_a_settled_module_does_not_run_but_its_last_linear_does() -> None:
         attention.q_proj.register_forward_hook(lambda *_: ran.append("q_proj"))
         attention.o_proj.register_forward_hook(lambda *_: ran.append("o_proj"))
         list(block.outputs())
-    assert ran == ["o_proj"] * len(TOKENS)
+        assert ran == []
+    list(block.outputs())
+    assert ran == ["q_proj", "o_proj"] * len(TOKENS)
 
 
-def test_memory_for_what_is_kept_is_limited_and_the_rest_is_computed() -> None:
-    """An MLP's inner width is larger than the hidden size, so its inputs fit for some batches only."""
+@pytest.mark.parametrize(("spare_bytes", "computed"), [(0, 2), (2 * 24 * 96 * 4, 0)], ids=["tight", "spare"])
+def test_memory_for_what_is_kept_is_limited_and_the_rest_is_computed(spare_bytes: int, computed: int) -> None:
+    """Half of the block's input bytes are left after attention: enough for one of three inputs of the inner width."""
     block = next(iter(BlockStream(TINY["llama"](), TOKENS)))
     wanted = [output.clone() for output in block.outputs()]
-    with replaying(block, ["mlp.down_proj"]) as replays:
-        down = block.module.mlp.down_proj
-        _keep_inputs(block, replays, "mlp.down_proj")
-        replays.settle("mlp.down_proj")
+    with replaying(block, _linears(block), spare_bytes) as replays:
         ran: list[int] = []
-        block.module.mlp._original[0].gate_proj.register_forward_hook(lambda *_: ran.append(block.batch))
+        block.module.mlp.gate_proj.register_forward_hook(lambda *_: ran.append(block.batch))
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            _keep_inputs(block, replays, name)
+            replays.settle(name)
+        ran.clear()
         assert all(torch.equal(x, y) for x, y in zip(block.outputs(), wanted, strict=True))
-        assert down.in_features > block.module.self_attn.o_proj.in_features
-    assert ran
-    assert len(ran) < len(TOKENS)
+    assert len(ran) == computed
 
 
 def test_a_changed_last_linear_changes_the_answer() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import InputError
 from lowbit.kernels.reference import keeping_decoded
+from lowbit.memory import give_back
 from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import Selection
@@ -59,8 +60,12 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     outside = [name for name in job.selection.schemes if not name.startswith(f"{blocks_name}.")]
     if needs_data(job.recipe, job.selection):
         with BlockStream(model, job.batches, job.device) as stream:
+            freed = 0
             for block in stream:
-                _quantize_observed(block, _inside(job, block.name), log)
+                before = _bytes(block.module)
+                _quantize_observed(block, _inside(job, block.name), log, freed)
+                freed += before - _bytes(block.module)
+                give_back()
                 job.progress("quantizing", block.index + 1, len(blocks))
     else:
         for index, module in enumerate(blocks):
@@ -92,11 +97,18 @@ def _quantize_blind(module: nn.Module, prefix: str, schemes: dict[str, QuantSche
         solve_experts(module, prefix, name, schemes[name], {}, log)
 
 
-def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: LayerLog) -> None:
-    """Solve the block's linears stage by stage, each on what the quantized ones before it give, then its experts."""
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: LayerLog, spare_bytes: int) -> None:
+    """Solve the block's linears stage by stage, each on what the quantized ones before it give, then its experts.
+
+    spare_bytes: what the blocks before it no longer need.
+    """
     linears, experts = _split(block.module, schemes)
     groups, idle = input_groups(block, linears)
-    with keeping_decoded(), replaying(block, linears) as replays:
+    with keeping_decoded(), replaying(block, linears, spare_bytes) as replays:
         for stage in _stages([group for group in groups if group[0] not in idle]):
             statistics = _observe_linears(block, stage, schemes, log, replays)
             for group in stage:
