@@ -4,8 +4,12 @@
 //
 // sum[m,n] = sum_k qx[m,k] qw[n,k] is exact; w_sum[n] = sum_k qw[n,k] is known when the weight is packed, so a
 // zero-point of the activations costs one multiplication per output and nothing inside the loop over K.
-// Kinds of number: 0 int32 (the sum itself), 1 float16, 2 bfloat16, 3 float32.
+// Kinds of number: 0 int32 (the sum itself), 1 float16, 2 bfloat16, 3 float32. KIND, a define, is that of y.
 #pragma once
+
+#ifndef KIND
+#define KIND 0
+#endif
 
 struct Epilogue {
     void* out;             // [M, N], row-major
@@ -29,11 +33,15 @@ __device__ __forceinline__ unsigned short half_bits(float value) {
     return bits;
 }
 
-// Round to nearest even by integer arithmetic: cvt.rn.bf16.f32 needs sm_80.
 __device__ __forceinline__ unsigned short bfloat_bits(float value) {
-    unsigned bits = __float_as_uint(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-    return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#if __CUDA_ARCH__ >= 800
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#else
+    unsigned bits = __float_as_uint(value), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (unsigned short)(value == value ? rounded : 0x7fc0u);
+#endif
 }
 
 __device__ __forceinline__ float number(const void* values, int kind, int at) {
@@ -49,7 +57,7 @@ __device__ __forceinline__ float number(const void* values, int kind, int at) {
 struct Column { float scale, bias; int sum; };
 struct Row { float scale; int zero; };
 
-__device__ __forceinline__ Column column(const Epilogue& e, int n) {
+__device__ __forceinline__ Column read_column(const Epilogue& e, int n) {
     Column c;
     c.scale = number(e.w_scale, e.w_kind, n * e.w_stride);
     c.bias = e.bias == nullptr ? 0.0f : number(e.bias, e.bias_kind, n);
@@ -57,7 +65,8 @@ __device__ __forceinline__ Column column(const Epilogue& e, int n) {
     return c;
 }
 
-__device__ __forceinline__ Row row(const Epilogue& e, int m) {
+__device__ __forceinline__ Row read_row(const Epilogue& e, int m) {
+    if (KIND == 0) return {0.0f, 0};
     return {e.x_scale[m * e.x_stride], e.x_zero == nullptr ? 0 : e.x_zero[m * e.x_stride]};
 }
 
@@ -65,29 +74,18 @@ __device__ __forceinline__ float scaled(int sum, Row r, Column c) {
     return fmaf((float)(sum - r.zero * c.sum), r.scale * c.scale, c.bias);
 }
 
-// Two neighbours in 16 bits each, the first in the low half.
-template <int KIND>
-__device__ __forceinline__ unsigned pair(float first, float second) {
-    unsigned both;
-    if (KIND == 1) return half_bits(first) | (unsigned)half_bits(second) << 16;
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-#else
-    both = bfloat_bits(first) | (unsigned)bfloat_bits(second) << 16;
-#endif
-    return both;
+// A block's columns n0 to n0 + COUNT - 1, read once and by all its threads, into shared memory.
+template <int COUNT, int THREADS>
+__device__ __forceinline__ void read_columns(Column* columns, const Epilogue& e, int n0, int N) {
+    if (KIND != 0)
+        for (int i = threadIdx.x; i < COUNT; i += THREADS)
+            columns[i] = n0 + i < N ? read_column(e, n0 + i) : Column{0.0f, 0.0f, 0};
 }
 
-// One output. m and n are inside the matrix.
-template <int KIND>
-__device__ __forceinline__ void store(const Epilogue& e, int sum, int m, int n, int N) {
-    size_t at = (size_t)m * N + n;
-    if (KIND == 0) {
-        ((int*)e.out)[at] = sum;
-        return;
-    }
-    float y = scaled(sum, row(e, m), column(e, n));
-    if (KIND == 1) ((unsigned short*)e.out)[at] = half_bits(y);
-    if (KIND == 2) ((unsigned short*)e.out)[at] = bfloat_bits(y);
-    if (KIND == 3) ((float*)e.out)[at] = y;
+// One output, at `at` = m N + n.
+__device__ __forceinline__ void store(const Epilogue& e, int sum, Row r, Column c, size_t at) {
+    if (KIND == 0) ((int*)e.out)[at] = sum;
+    if (KIND == 1) ((unsigned short*)e.out)[at] = half_bits(scaled(sum, r, c));
+    if (KIND == 2) ((unsigned short*)e.out)[at] = bfloat_bits(scaled(sum, r, c));
+    if (KIND == 3) ((float*)e.out)[at] = scaled(sum, r, c);
 }

@@ -57,9 +57,11 @@ __device__ __forceinline__ void load(unsigned to, const signed char* matrix, int
     }
 }
 
-template <int KIND>
-__device__ __forceinline__ void product(const signed char* x, const signed char* w, Epilogue e, int M, int N, int K) {
+extern "C" __global__ void __launch_bounds__(256)
+int8_mma_m16n8k32(const signed char* x, const signed char* w, EPILOGUE_PARAMETERS, int M, int N, int K) {
     extern __shared__ __align__(128) unsigned char memory[];
+    __shared__ Column columns[TILE_N];
+    Epilogue e = EPILOGUE;
     unsigned base = (unsigned)__cvta_generic_to_shared(memory);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int tiles_m = (M + TILE_M - 1) / TILE_M, tiles_n = (N + TILE_N - 1) / TILE_N;
@@ -104,23 +106,19 @@ __device__ __forceinline__ void product(const signed char* x, const signed char*
                 for (int j = 0; j < 8; j++) mma(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
         }
     }
+    read_columns<TILE_N, 256>(columns, e, n0, N);
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 8; i++) {
+        int m = m0 + m_warp + i * 8 + lane / 4;
+        if (m >= M) break;
+        Row r = read_row(e, m);
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                int m = m0 + m_warp + i * 16 + c / 2 * 8 + lane / 4, n = n0 + n_warp + j * 8 + lane % 4 * 2 + c % 2;
-                if (m < M && n < N) store<KIND>(e, sums[i][j][c], m, n, N);
+            for (int c = 0; c < 2; c++) {
+                int n = n_warp + j * 8 + lane % 4 * 2 + c;
+                if (n0 + n < N) store(e, sums[i / 2][j][i % 2 * 2 + c], r, columns[n], (size_t)m * N + n0 + n);
             }
-}
-
-#define ENTRY(name, KIND)                                                                             \
-    extern "C" __global__ void __launch_bounds__(256)                                                 \
-    name(const signed char* x, const signed char* w, EPILOGUE_PARAMETERS, int M, int N, int K) {      \
-        product<KIND>(x, w, EPILOGUE, M, N, K);                                                       \
     }
-ENTRY(int8_mma_m16n8k32, 0)
-ENTRY(int8_mma_m16n8k32_float16, 1)
-ENTRY(int8_mma_m16n8k32_bfloat16, 2)
-ENTRY(int8_mma_m16n8k32_float32, 3)
+}

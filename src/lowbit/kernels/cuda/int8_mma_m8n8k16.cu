@@ -15,6 +15,7 @@
 //         |w4 |w5 |w6 |w7 |         registers: cp.async is sm_80.
 //         +---+---+---+---+
 //
+// sums[i][j][c] of a lane stands at row 8i + g, column 8j + 2t + c of the warp's 64 x 32.
 // Shared memory: [k/16][row][16 bytes]; the 8 rows of one matrix are 128 consecutive bytes: no bank conflict.
 // K is a multiple of 16; rows outside the matrices are zeros and are not written.
 #include "int8_epilogue.cuh"
@@ -38,10 +39,12 @@ __device__ __forceinline__ int4 fetch(const signed char* matrix, int row, int ro
     return *(const int4*)(matrix + (size_t)row * K + k);
 }
 
-template <int KIND>
-__device__ __forceinline__ void product(const signed char* x, const signed char* w, Epilogue e, int M, int N, int K) {
+extern "C" __global__ void __launch_bounds__(256)
+int8_mma_m8n8k16(const signed char* x, const signed char* w, EPILOGUE_PARAMETERS, int M, int N, int K) {
     __shared__ __align__(128) signed char xs[SLABS][TILE][16];
     __shared__ __align__(128) signed char ws[SLABS][TILE][16];
+    __shared__ Column columns[TILE];
+    Epilogue e = EPILOGUE;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int m0 = blockIdx.y * TILE, n0 = blockIdx.x * TILE;
     int m_warp = warp / 4 * 64, n_warp = warp % 4 * 32;
@@ -80,23 +83,19 @@ __device__ __forceinline__ void product(const signed char* x, const signed char*
         }
         __syncthreads();
     }
+    read_columns<TILE, 256>(columns, e, n0, N);
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 8; i++) {
+        int m = m0 + m_warp + i * 8 + lane / 4;
+        if (m >= M) break;
+        Row r = read_row(e, m);
 #pragma unroll
         for (int j = 0; j < 4; j++)
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                int m = m0 + m_warp + i * 8 + lane / 4, n = n0 + n_warp + j * 8 + lane % 4 * 2 + c;
-                if (m < M && n < N) store<KIND>(e, sums[i][j][c], m, n, N);
+                int n = n_warp + j * 8 + lane % 4 * 2 + c;
+                if (n0 + n < N) store(e, sums[i][j][c], r, columns[n], (size_t)m * N + n0 + n);
             }
-}
-
-#define ENTRY(name, KIND)                                                                             \
-    extern "C" __global__ void __launch_bounds__(256)                                                 \
-    name(const signed char* x, const signed char* w, EPILOGUE_PARAMETERS, int M, int N, int K) {      \
-        product<KIND>(x, w, EPILOGUE, M, N, K);                                                       \
     }
-ENTRY(int8_mma_m8n8k16, 0)
-ENTRY(int8_mma_m8n8k16_float16, 1)
-ENTRY(int8_mma_m8n8k16_bfloat16, 2)
-ENTRY(int8_mma_m8n8k16_float32, 3)
+}

@@ -63,8 +63,15 @@ __device__ __forceinline__ void transpose(unsigned (&v)[4], int t) {
     if (upper) { v[0] = give0; v[1] = give1; } else { v[2] = give0; v[3] = give1; }
 }
 
+// Two neighbours in 16 bits each, the first in the low half.
+__device__ __forceinline__ unsigned pair(float first, float second) {
+    unsigned both;
+    if (KIND == 1) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+
 // Write a warp's 16 rows. m, m + 8: this lane's rows; columns: those of the tile, in shared memory.
-template <int KIND>
 __device__ __forceinline__ void write(const int (&d)[SUMS], const Epilogue& e, const Column* columns, int m, int n0, int M,
                                       int N) {
     int t = threadIdx.x % 4;
@@ -72,7 +79,7 @@ __device__ __forceinline__ void write(const int (&d)[SUMS], const Epilogue& e, c
     for (int half = 0; half < 2; half++) {
         int row_index = m + half * 8;
         bool inside = row_index < M;
-        Row r = KIND == 0 || !inside ? Row{0.0f, 0} : row(e, row_index);
+        Row r = inside ? read_row(e, row_index) : Row{0.0f, 0};
         size_t start = (size_t)row_index * N;
         if ((KIND == 1 || KIND == 2) && N % 8 == 0) {
 #pragma unroll
@@ -81,7 +88,7 @@ __device__ __forceinline__ void write(const int (&d)[SUMS], const Epilogue& e, c
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int c = (j + i) * 8 + t * 2, at = (j + i) * 4 + half * 2;
-                    v[i] = pair<KIND>(scaled(d[at], r, columns[c]), scaled(d[at + 1], r, columns[c + 1]));
+                    v[i] = pair(scaled(d[at], r, columns[c]), scaled(d[at + 1], r, columns[c + 1]));
                 }
                 transpose(v, t);
                 int n = n0 + (j + t) * 8;
@@ -93,24 +100,20 @@ __device__ __forceinline__ void write(const int (&d)[SUMS], const Epilogue& e, c
             for (int j = 0; j < SUMS / 4; j++)
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
-                    int n = j * 8 + t * 2 + c, sum = d[j * 4 + half * 2 + c];
-                    if (!inside || n0 + n >= N) continue;
-                    float y = scaled(sum, r, columns[n]);
-                    if (KIND == 0) ((int*)e.out)[start + n0 + n] = sum;
-                    if (KIND == 1) ((unsigned short*)e.out)[start + n0 + n] = half_bits(y);
-                    if (KIND == 2) ((unsigned short*)e.out)[start + n0 + n] = bfloat_bits(y);
-                    if (KIND == 3) ((float*)e.out)[start + n0 + n] = y;
+                    int n = j * 8 + t * 2 + c;
+                    if (inside && n0 + n < N) store(e, d[j * 4 + half * 2 + c], r, columns[n], start + n0 + n);
                 }
         }
     }
 }
 
-template <int KIND>
-__device__ __forceinline__ void product(const TensorMap& x_map, const TensorMap& w_map, const Epilogue& e, int M, int N,
-                                        int K) {
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, EPILOGUE_PARAMETERS, int M,
+           int N, int K) {
     extern __shared__ unsigned char memory[];
     __shared__ __align__(8) unsigned long long barriers[2 * STAGES];
     __shared__ Column columns[2][TILE_N];
+    Epilogue e = EPILOGUE;
     unsigned stages = (shared_address(memory) + 1023) & ~1023u;
     unsigned full = shared_address(barriers), empty = full + STAGES * 8;
     int group = threadIdx.x / 128, rank = cluster_rank();
@@ -159,7 +162,7 @@ __device__ __forceinline__ void product(const TensorMap& x_map, const TensorMap&
 #pragma unroll
                 for (int i = 0; i < TILE_N / 128; i++) {
                     int n = tile.n0 + i * 128 + thread;
-                    next[i] = n < N ? column(e, n) : Column{0.0f, 0.0f, 0};
+                    next[i] = n < N ? read_column(e, n) : Column{0.0f, 0.0f, 0};
                 }
             int d[SUMS];
             int previous = -1;
@@ -185,19 +188,8 @@ __device__ __forceinline__ void product(const TensorMap& x_map, const TensorMap&
                 named_barrier(group, 128);
             }
             int m = tile.m0 + (group - 1) * 64 + thread / 32 * 16 + lane / 4;
-            write<KIND>(d, e, mine, m, tile.n0, M, N);
+            write(d, e, mine, m, tile.n0, M, N);
         }
     }
     cluster_barrier();  // a block must not leave while the other may still send to it
 }
-
-#define ENTRY(name, KIND)                                                                                      \
-    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                             \
-    name(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,                     \
-         EPILOGUE_PARAMETERS, int M, int N, int K) {                                                           \
-        product<KIND>(x_map, w_map, EPILOGUE, M, N, K);                                                        \
-    }
-ENTRY(int8_wgmma, 0)
-ENTRY(int8_wgmma_float16, 1)
-ENTRY(int8_wgmma_bfloat16, 2)
-ENTRY(int8_wgmma_float32, 3)

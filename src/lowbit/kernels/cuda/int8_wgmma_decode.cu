@@ -36,11 +36,13 @@ constexpr int STEP = 128, GROUPS = ROWS / 64, CONSUMERS = GROUPS * 128, THREADS 
 constexpr int W_BYTES = ROWS * STEP, X_BYTES = TOKENS * STEP, STAGE_BYTES = W_BYTES + X_BYTES;
 constexpr int PITCH = ROWS + 4;  // of the sums [TOKENS][ROWS] in shared memory; + 4: no bank conflict
 
-template <int KIND>
-__device__ __forceinline__ void product(const TensorMap& x_map, const TensorMap& w_map, const Epilogue& e, int M, int N,
-                                        int K) {
+extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS)
+int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, EPILOGUE_PARAMETERS,
+                  int M, int N, int K) {
     extern __shared__ unsigned char memory[];
     __shared__ __align__(8) unsigned long long barriers[2 * STAGES];
+    __shared__ Column columns[ROWS];
+    Epilogue e = EPILOGUE;
     unsigned stages = (shared_address(memory) + 1023) & ~1023u;
     int* sums = (int*)(memory + (stages - shared_address(memory)));  // over the stages, once they are consumed
     unsigned full = shared_address(barriers), empty = full + STAGES * 8;
@@ -54,6 +56,7 @@ __device__ __forceinline__ void product(const TensorMap& x_map, const TensorMap&
         }
         barrier_init_fence();
     }
+    read_columns<ROWS, THREADS>(columns, e, n0, N);
     __syncthreads();
 
     if (group == GROUPS) {
@@ -114,18 +117,7 @@ __device__ __forceinline__ void product(const TensorMap& x_map, const TensorMap&
 #pragma unroll
             for (int other = 0; other < SPLIT; other++)
                 sum += load_remote(remote_address(stages + (m * PITCH + r) * 4, other));
-        if (n0 + r < N) store<KIND>(e, sum, m, n0 + r, N);
+        if (n0 + r < N) store(e, sum, read_row(e, m), columns[r], (size_t)m * N + n0 + r);
     }
     if (SPLIT > 1) cluster_barrier();  // a block must not leave while the others still read its sums
 }
-
-#define ENTRY(name, KIND)                                                                                      \
-    extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS)                        \
-    name(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,                     \
-         EPILOGUE_PARAMETERS, int M, int N, int K) {                                                           \
-        product<KIND>(x_map, w_map, EPILOGUE, M, N, K);                                                        \
-    }
-ENTRY(int8_wgmma_decode, 0)
-ENTRY(int8_wgmma_decode_float16, 1)
-ENTRY(int8_wgmma_decode_bfloat16, 2)
-ENTRY(int8_wgmma_decode_float32, 3)

@@ -1,0 +1,152 @@
+"""The W8A8 product on Hopper: int8_wgmma.cu for many tokens, int8_wgmma_decode.cu for few, and who takes what.
+
+Both read x and w through tensor maps (CUtensorMap): a matrix's address, shape and the box that one copy brings, encoded
+by the driver on the host. A map is 128 bytes and is passed by value.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels.cuda.compiler import current_stream, load_kernel
+from lowbit.kernels.cuda.int8_ladder import EPILOGUE, KINDS, epilogue_arguments
+from lowbit.kernels.int8 import Scaling
+from lowbit.optional import require
+
+STEP = 128  # bytes along K in one box
+TILE_M, TILE_N, STAGES = 128, 256, 4  # of int8_wgmma.cu
+MOST_TOKENS = 128  # of int8_wgmma_decode.cu
+# tokens -> rows of w a block, stages, blocks that fit a multiprocessor's shared memory (228 KB) together
+SHAPES = {8: (64, 6, 4), 16: (64, 5, 4), 32: (128, 5, 2), 64: (128, 4, 2), 128: (128, 3, 2)}
+_SLACK = 1024  # stages start at a multiple of 1024 bytes
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How int8_wgmma_decode.cu is compiled: for up to `tokens` tokens, blocks of `rows` rows of w, K divided by split."""
+
+    tokens: int
+    rows: int
+    stages: int
+    split: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of one block: the stages, over which the int32 sums come to lie."""
+        return max(self.stages * (self.rows + self.tokens) * STEP, self.tokens * (self.rows + 4) * 4) + _SLACK
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        return (("ROWS", self.rows), ("SPLIT", self.split), ("STAGES", self.stages), ("TOKENS", self.tokens))
+
+
+def refusal(q: Tensor) -> str | None:
+    """Why these kernels can't run on q's device, or None."""
+    if q.device.type != "cuda":
+        return f"x is on {q.device}, this kernel runs on CUDA devices"
+    have = torch.cuda.get_device_capability(q.device)
+    if have != (9, 0):
+        return f"compute capability is {have[0]}.{have[1]}, wgmma exists on 9.0 alone"
+    return None
+
+
+def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
+    """The decode kernel for `tokens` tokens, w [width, columns], on a chip with so many multiprocessors.
+
+    Enough blocks that each multiprocessor has some of its own: K is divided until there are.
+    """
+    padded = next(size for size in (8, 16, 32, 64, 128) if tokens <= size)
+    rows, stages, resident = SHAPES[padded]
+    blocks = -(-width // rows)
+    split = 1
+    while split < 8 and blocks * split * 2 <= processors * resident and columns // STEP >= split * 4:
+        split *= 2
+    return Decode(padded, rows, stages, split)
+
+
+def decode(q: Tensor, codes: Tensor, scaling: Scaling | None = None, config: Decode | None = None) -> Tensor:
+    """q int8 [M, K], M at most 128, times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling."""
+    (rows, columns), width = q.shape, codes.shape[0]
+    config = config or choose(rows, width, columns, _processors(q.device))
+    blocks = -(-width // config.rows) * config.split
+    maps = _map(q, config.tokens), _map(codes, config.rows)
+    return _launch(
+        ("int8_wgmma_decode", config.defines, config.shared_bytes), maps, (q, codes, scaling),
+        (blocks, 1, 1), config.rows * 2 + 32,
+    )  # fmt: skip
+
+
+def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None, tile_n: int = TILE_N) -> Tensor:
+    """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling."""
+    pairs, across = -(-q.shape[0] // (2 * TILE_M)), -(-codes.shape[0] // tile_n)
+    clusters = min(pairs * across, _processors(q.device) // 2)
+    stages = STAGES if tile_n == TILE_N else 6
+    shared_bytes = stages * (TILE_M + tile_n) * STEP + _SLACK
+    maps = _map(q, TILE_M), _map(codes, tile_n // 2)
+    return _launch(
+        ("int8_wgmma", (("STAGES", stages), ("TILE_N", tile_n)), shared_bytes), maps, (q, codes, scaling),
+        (clusters * 2, 1, 1), 384,
+    )  # fmt: skip
+
+
+def product(q: Tensor, codes: Tensor, scaling: Scaling | None = None) -> Tensor:
+    """q int8 [M, K] times codes int8 [N, K], transposed, by the kernel that suits M; rows padded (kernels/int8.py)."""
+    if q.shape[0] <= MOST_TOKENS:
+        return decode(q, codes, scaling)
+    return prefill(q, codes, scaling)
+
+
+def _launch(
+    kernel: tuple[str, tuple[tuple[str, int], ...], int],
+    maps: tuple[bytes, bytes],
+    operands: tuple[Tensor, Tensor, Scaling | None],
+    grid: tuple[int, int, int],
+    threads: int,
+) -> Tensor:
+    (stem, defines, shared_bytes), (q, codes, scaling) = kernel, operands
+    dtype = torch.int32 if scaling is None else scaling.dtype
+    (rows, columns), width = q.shape, codes.shape[0]
+    out = torch.empty(rows, width, dtype=dtype, device=q.device)
+    defines = (("KIND", KINDS[dtype]), *defines)
+    loaded = load_kernel(f"{stem}.cu", stem, f"128s128s{EPILOGUE}iii", q.device, defines, shared_bytes)
+    loaded.launch(
+        grid, (threads, 1, 1), (*maps, *epilogue_arguments(out, scaling), rows, width, columns), shared_bytes,
+        current_stream(q.device), early=True,
+    )  # fmt: skip
+    return out
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _map(matrix: Tensor, box_rows: int) -> bytes:
+    return _encoded(matrix.data_ptr(), matrix.shape[0], matrix.shape[1], box_rows)
+
+
+@lru_cache(maxsize=4096)
+def _encoded(address: int, rows: int, columns: int, box_rows: int) -> bytes:
+    """The tensor map of an int8 matrix [rows, columns]: boxes of [box_rows, 128], swizzled; zeros outside."""
+    driver: Any = require("cuda.bindings.driver", "cuda")
+    one = driver.cuuint32_t(1)
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2,
+        address,
+        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(columns)],
+        [driver.cuuint32_t(STEP), driver.cuuint32_t(box_rows)],
+        [one, one],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if int(status) != 0:
+        raise RuntimeError(f"cuTensorMapEncodeTiled answered {status.name} for int8 [{rows}, {columns}]")
+    return ctypes.string_at(encoded.getPtr(), 128)
