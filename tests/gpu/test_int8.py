@@ -36,11 +36,9 @@ def _operands(M: int, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa:
     return pad_columns(q), pad_columns(w), (q.double() @ w.double().T).to(torch.int32)
 
 
-def _skip_unless_it_runs(name: str, tokens: int) -> None:
+def _skip_unless_it_runs(name: str) -> None:
     if name in ("decode", "prefill") and not HOPPER:
         pytest.skip("wgmma exists on compute capability 9.0 alone")
-    if name == "decode" and tokens > int8_hopper.MOST_TOKENS:
-        pytest.skip("the decode kernel takes 128 tokens")
     if name in int8_ladder.BY_NAME and (reason := int8_ladder.refusal(int8_ladder.BY_NAME[name], torch.device("cuda"))):
         pytest.skip(reason)
 
@@ -48,7 +46,7 @@ def _skip_unless_it_runs(name: str, tokens: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_int32_products_are_exact(name: str, shape: tuple[int, int, int]) -> None:
-    _skip_unless_it_runs(name, shape[0])
+    _skip_unless_it_runs(name)
     q, w, exact = _operands(*shape)
     assert torch.equal(PRODUCTS[name](q, w, None), exact)
 
@@ -57,9 +55,7 @@ def test_int32_products_are_exact(name: str, shape: tuple[int, int, int]) -> Non
 @pytest.mark.parametrize("name", [name for name in PRODUCTS if name not in ("naive", "dp4a", "wmma")])
 def test_scales_zeros_and_bias_are_applied_on_the_way_out(name: str, dtype: torch.dtype) -> None:
     for shape in [(5, 17, 100), (128, 576, 576), (300, 520, 4095)]:
-        if name == "decode" and shape[0] > int8_hopper.MOST_TOKENS:
-            continue
-        _skip_unless_it_runs(name, shape[0])
+        _skip_unless_it_runs(name)
         q, w, exact = _operands(*shape)
         M, N = exact.shape  # noqa: N806
         x_zero = torch.randint(-128, 128, (M,), device="cuda", dtype=torch.int32)

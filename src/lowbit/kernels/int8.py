@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lowbit.tensors import PackedWeight, storage_of
 
 ROW_BYTES = 16
 LARGEST_K = (2**31 - 1) // (128 * 128)  # 131071: the longest row whose int32 sum can't overflow
@@ -47,6 +50,37 @@ class Scaling:
             sums = sums - self.x_zero.reshape(-1, 1) * self.w_sum
         y = sums.float() * (self.x_scale.reshape(-1, 1) * self.w_scale.float().reshape(1, -1))
         return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """What the kernels read of a weight [N, K]: codes int8 [N, K padded], and their row sums int32 [N]."""
+
+    codes: Tensor
+    sums: Tensor
+
+
+_ready = WeakIdKeyDictionary()  # codes -> (their version, Int8Weight): goes with the weight, is never saved
+
+
+def int8_weight(weight: PackedWeight) -> Int8Weight:
+    """The weight as int8 kernels read it; derived at first use, and again when its codes were written to."""
+    known = _ready.get(weight.codes)
+    if known is None or known[0] != weight.codes._version:
+        codes = pad_columns(weight.codes)
+        known = _ready[weight.codes] = (weight.codes._version, Int8Weight(codes, codes.sum(1, dtype=torch.int32)))
+    return known[1]
+
+
+def weight_refusal(weight: PackedWeight) -> str | None:
+    """Why int8 products can't multiply by `weight`, or None."""
+    if storage_of(weight.scheme) != "int8" or weight.zero is not None:
+        return f"weights under {weight.scheme} are not symmetric int8 codes"
+    if weight.scheme.weights.granularity == "group":
+        return f"{weight.scheme} has a scale per group, inside the integer sum"
+    if weight.shape[1] > LARGEST_K:
+        return f"in_features {weight.shape[1]} is above {LARGEST_K}, and an int32 sum may overflow"
+    return None
 
 
 def padded_columns(columns: int) -> int:

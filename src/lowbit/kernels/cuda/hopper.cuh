@@ -19,9 +19,9 @@ __device__ __forceinline__ unsigned remote_address(unsigned address, unsigned ra
     return remote;
 }
 
-__device__ __forceinline__ int load_remote(unsigned remote) {
-    int value;
-    asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
+__device__ __forceinline__ int2 load_remote(unsigned remote) {
+    int2 value;
+    asm volatile("ld.shared::cluster.v2.s32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(remote) : "memory");
     return value;
 }
 

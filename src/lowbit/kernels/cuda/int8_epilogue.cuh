@@ -82,6 +82,12 @@ __device__ __forceinline__ void read_columns(Column* columns, const Epilogue& e,
             columns[i] = n0 + i < N ? read_column(e, n0 + i) : Column{0.0f, 0.0f, 0};
 }
 
+// Two neighbours of 16 bits each, the first in the low half.
+__device__ __forceinline__ unsigned pair(float first, float second) {
+    if (KIND == 1) return half_bits(first) | (unsigned)half_bits(second) << 16;
+    return bfloat_bits(first) | (unsigned)bfloat_bits(second) << 16;
+}
+
 // One output, at `at` = m N + n.
 __device__ __forceinline__ void store(const Epilogue& e, int sum, Row r, Column c, size_t at) {
     if (KIND == 0) ((int*)e.out)[at] = sum;

@@ -59,7 +59,7 @@ def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
 
     Enough blocks that each multiprocessor has some of its own: K is divided until there are.
     """
-    padded = next(size for size in (8, 16, 32, 64, 128) if tokens <= size)
+    padded = next((size for size in SHAPES if tokens <= size), max(SHAPES))
     rows, stages, resident = SHAPES[padded]
     blocks = -(-width // rows)
     split = 1
@@ -69,14 +69,14 @@ def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
 
 
 def decode(q: Tensor, codes: Tensor, scaling: Scaling | None = None, config: Decode | None = None) -> Tensor:
-    """q int8 [M, K], M at most 128, times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling."""
+    """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling."""
     (rows, columns), width = q.shape, codes.shape[0]
     config = config or choose(rows, width, columns, _processors(q.device))
     blocks = -(-width // config.rows) * config.split
     maps = _map(q, config.tokens), _map(codes, config.rows)
     return _launch(
         ("int8_wgmma_decode", config.defines, config.shared_bytes), maps, (q, codes, scaling),
-        (blocks, 1, 1), config.rows * 2 + 32,
+        (blocks, -(-rows // config.tokens), 1), config.rows * 2 + 32,
     )  # fmt: skip
 
 

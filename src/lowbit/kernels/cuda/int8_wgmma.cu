@@ -63,14 +63,6 @@ __device__ __forceinline__ void transpose(unsigned (&v)[4], int t) {
     if (upper) { v[0] = give0; v[1] = give1; } else { v[2] = give0; v[3] = give1; }
 }
 
-// Two neighbours in 16 bits each, the first in the low half.
-__device__ __forceinline__ unsigned pair(float first, float second) {
-    unsigned both;
-    if (KIND == 1) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-    return both;
-}
-
 // Write a warp's 16 rows. m, m + 8: this lane's rows; columns: those of the tile, in shared memory.
 __device__ __forceinline__ void write(const int (&d)[SUMS], const Epilogue& e, const Column* columns, int m, int n0, int M,
                                       int N) {

@@ -1,6 +1,6 @@
-// Hopper, few tokens: the weight streams past once, and everything else hides behind it (sm_90a; M up to 128).
+// Hopper, few tokens: the weight streams past once, and everything else hides behind it (sm_90a; M up to some 200).
 //
-//     y = epilogue(x w^T)      x int8 [M, K], w int8 [N, K], rows padded to 16 bytes; M <= TOKENS, any N
+//     y = epilogue(x w^T)      x int8 [M, K], w int8 [N, K], rows padded to 16 bytes; any M and N
 //
 //     The product is turned over, y^T = w x^T, so that wgmma's 64 rows are rows of w and the tokens are its narrow side,
 //     8 to 128 wide (wgmma_s8.cuh):
@@ -13,6 +13,7 @@
 //                                                  own shared memory; then every block adds up, and writes, one part of
 //                                                  the outputs. Integers: the order does not matter, no workspace.
 //
+// blockIdx.y counts tiles of TOKENS tokens: more than one where K divided among blocks is worth reading w again.
 // Small blocks with deep queues (several on a multiprocessor, STAGES boxes each) keep some 200 KB a multiprocessor in
 // flight, which is what it takes to draw full bandwidth. The weight does not depend on the kernel before this one
 // (which quantizes x), so its first STAGES boxes are asked for before waiting for that.
@@ -47,6 +48,7 @@ int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant
     int* sums = (int*)(memory + (stages - shared_address(memory)));  // over the stages, once they are consumed
     unsigned full = shared_address(barriers), empty = full + STAGES * 8;
     int group = threadIdx.x / 128, rank = blockIdx.x % SPLIT, n0 = blockIdx.x / SPLIT * ROWS;
+    int t0 = blockIdx.y * TOKENS, tokens = min(TOKENS, M - t0);
     int steps = (K + STEP - 1) / STEP, first = steps * rank / SPLIT, count = steps * (rank + 1) / SPLIT - first;
 
     if (threadIdx.x == 0) {
@@ -69,14 +71,14 @@ int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant
             let_next_start();
             wait_for_previous();
             for (int i = 0; i < ahead; i++)
-                copy_box(stages + i * STAGE_BYTES + W_BYTES, &x_map, (first + i) * STEP, 0, full + i * 8);
+                copy_box(stages + i * STAGE_BYTES + W_BYTES, &x_map, (first + i) * STEP, t0, full + i * 8);
             int stage = 0, parity = 0;
             for (int i = ahead; i < count; i++) {
                 unsigned to = stages + stage * STAGE_BYTES;
                 barrier_wait(empty + stage * 8, parity);
                 barrier_expect(full + stage * 8, STAGE_BYTES);
                 copy_box(to, &w_map, (first + i) * STEP, n0, full + stage * 8);
-                copy_box(to + W_BYTES, &x_map, (first + i) * STEP, 0, full + stage * 8);
+                copy_box(to + W_BYTES, &x_map, (first + i) * STEP, t0, full + stage * 8);
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
         }
@@ -110,14 +112,27 @@ int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant
     }
     if (SPLIT > 1) cluster_barrier(); else __syncthreads();
     wait_for_previous();  // the scales of x are the previous kernel's work too
-    for (int i = rank * THREADS + threadIdx.x; i < M * ROWS; i += SPLIT * THREADS) {
-        int m = i / ROWS, r = i % ROWS, sum = 0;
-        if (SPLIT == 1) sum = sums[m * PITCH + r];
+    for (int i = rank * THREADS + threadIdx.x; i < tokens * ROWS / 2; i += SPLIT * THREADS) {
+        int token = i / (ROWS / 2), r = i % (ROWS / 2) * 2, m = t0 + token;
+        int2 sum = make_int2(0, 0);
+        if (SPLIT == 1) sum = *(int2*)&sums[token * PITCH + r];
         else
 #pragma unroll
-            for (int other = 0; other < SPLIT; other++)
-                sum += load_remote(remote_address(stages + (m * PITCH + r) * 4, other));
-        if (n0 + r < N) store(e, sum, read_row(e, m), columns[r], (size_t)m * N + n0 + r);
+            for (int other = 0; other < SPLIT; other++) {
+                int2 part = load_remote(remote_address(stages + (token * PITCH + r) * 4, other));
+                sum.x += part.x;
+                sum.y += part.y;
+            }
+        if (n0 + r >= N) continue;
+        Row scale = read_row(e, m);
+        size_t at = (size_t)m * N + n0 + r;
+        if ((KIND == 1 || KIND == 2) && N % 2 == 0)
+            *(unsigned*)((unsigned short*)e.out + at) =
+                pair(scaled(sum.x, scale, columns[r]), scaled(sum.y, scale, columns[r + 1]));
+        else {
+            store(e, sum.x, scale, columns[r], at);
+            if (n0 + r + 1 < N) store(e, sum.y, scale, columns[r + 1], at + 1);
+        }
     }
     if (SPLIT > 1) cluster_barrier();  // a block must not leave while the others still read its sums
 }

@@ -22,15 +22,16 @@ from lowbit.kernels.int8 import Quantized, padded_columns
 
 LARGEST_ROW = 65536  # 64 values a thread in the largest block
 
-# warps for rows of up to `columns` values, by measurement on H200 (bench/results/int8_quantize.json)
-WARPS = (
-    # columns, warps
-    (1024, 2),
-    (2048, 4),
-    (4096, 8),
-    (8192, 8),
-    (16384, 16),
-    (LARGEST_ROW, 32),
+# Warps, and registers a thread at most (None: as the compiler likes), for rows of up to `columns` values; measured on
+# H200 (bench/results/int8_quantize.json).
+LAUNCHES = (
+    # columns, warps, registers
+    (1024, 2, None),
+    (2048, 4, None),
+    (4096, 8, None),
+    (8192, 8, None),
+    (16384, 32, None),
+    (LARGEST_ROW, 32, None),
 )
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 x 2^23: adding and subtracting it rounds |v| < 2^22 to an integer, ties to even
 
@@ -137,12 +138,13 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 
 
 def _launch_options(x: Tensor, pitch: int, symmetric: bool) -> dict[str, object]:
-    """The constexpr arguments that all kernels of rows share, and the number of warps."""
+    """The constexpr arguments that all kernels of rows share, and how they are launched."""
     block = triton.next_power_of_2(pitch)
+    _, warps, registers = next(launch for launch in LAUNCHES if block <= launch[0])
     early = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     options = {
         "DTYPE": _DTYPES[x.dtype], "EPSILON": torch.finfo(x.dtype).eps, "SYMMETRIC": symmetric, "BLOCK": block,
-        "EARLY": early, "num_warps": next(warps for columns, warps in WARPS if block <= columns),
+        "EARLY": early, "num_warps": warps, "maxnreg": registers,
     }  # fmt: skip
     return options | ({"launch_pdl": True} if early else {})
 
