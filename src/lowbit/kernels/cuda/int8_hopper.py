@@ -19,9 +19,7 @@ from lowbit.optional import require
 
 STEP = 128  # bytes along K in one box
 TILE_M, TILE_N, STAGES = 128, 256, 4  # of int8_wgmma.cu
-MOST_TOKENS = 128  # of int8_wgmma_decode.cu
-# tokens -> rows of w a block, stages, blocks that fit a multiprocessor's shared memory (228 KB) together
-SHAPES = {8: (64, 6, 4), 16: (64, 5, 4), 32: (128, 5, 2), 64: (128, 4, 2), 128: (128, 3, 2)}
+DECODE_TOKENS = (8, 16, 32, 64, 128)  # sizes of a token tile that int8_wgmma_decode.cu is compiled for
 _SLACK = 1024  # stages start at a multiple of 1024 bytes
 
 
@@ -55,17 +53,26 @@ def refusal(q: Tensor) -> str | None:
 
 
 def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
-    """The decode kernel for `tokens` tokens, w [width, columns], on a chip with so many multiprocessors.
+    """The decode kernel for `tokens` tokens and w [width, columns], on a chip with so many multiprocessors.
 
-    Enough blocks that each multiprocessor has some of its own: K is divided until there are.
+    Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. Above, blocks of 128 x 128
+    outputs, one a multiprocessor. Measured on H200 (bench/results/int8_sweeps.json): 64 rows and 4 stages win or tie
+    for every shape of Llama-3-8B; o (4096 x 4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 9.4 by 8, 14 undivided.
     """
-    padded = next((size for size in SHAPES if tokens <= size), max(SHAPES))
-    rows, stages, resident = SHAPES[padded]
-    blocks = -(-width // rows)
+    tile = next((size for size in DECODE_TOKENS if tokens <= size), DECODE_TOKENS[-1])
+    rows = 64 if tile <= 64 else 128
+    blocks = -(-width // rows) * -(-tokens // tile)
+    enough = processors * 3 // 2 if tile <= 64 else processors // 2 + 1
     split = 1
-    while split < 8 and blocks * split * 2 <= processors * resident and columns // STEP >= split * 4:
+    while split < 8 and blocks * split < enough and columns >= split * 4 * STEP:
         split *= 2
-    return Decode(padded, rows, stages, split)
+    stages = 6 if tile <= 8 else 4 if tile <= 64 or blocks * split <= processors else 3
+    return Decode(tile, rows, stages, split)
+
+
+def suits_decode(tokens: int, width: int, processors: int) -> bool:
+    """Whether the decode kernel is the faster one: always up to 128 tokens, then while its tiles fit the chip at once."""
+    return tokens <= 128 or -(-tokens // 128) * -(-width // 128) <= processors
 
 
 def decode(q: Tensor, codes: Tensor, scaling: Scaling | None = None, config: Decode | None = None) -> Tensor:
@@ -95,7 +102,7 @@ def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None, tile_n: in
 
 def product(q: Tensor, codes: Tensor, scaling: Scaling | None = None) -> Tensor:
     """q int8 [M, K] times codes int8 [N, K], transposed, by the kernel that suits M; rows padded (kernels/int8.py)."""
-    if q.shape[0] <= MOST_TOKENS:
+    if suits_decode(q.shape[0], codes.shape[0], _processors(q.device)):
         return decode(q, codes, scaling)
     return prefill(q, codes, scaling)
 
