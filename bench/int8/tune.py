@@ -19,7 +19,11 @@ START = time.time()
 
 def note(**row: object) -> None:
     ROWS.append(row)
-    print(f"{time.time() - START:5.0f}s", *(f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+    print(
+        f"{time.time() - START:5.0f}s",
+        *(f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()),
+        flush=True,
+    )
 
 
 def codes(rows: int, columns: int) -> torch.Tensor:
@@ -39,13 +43,35 @@ def decode() -> None:
             s = scaling(M, N)
             base = hopper.choose(M, N, K, 132)
             tried = {base}
-            for rows, stages in {8: ((64, 6), (64, 12), (128, 6)), 16: ((64, 5), (64, 10), (128, 5)), 64: ((128, 4), (64, 6), (256, 5))}[base.tokens]:
+            for rows, stages in {
+                8: ((64, 6), (64, 12), (128, 6)),
+                16: ((64, 5), (64, 10), (128, 5)),
+                64: ((128, 4), (64, 6), (256, 5)),
+            }[base.tokens]:
                 for split in sorted({max(1, base.split // 2), base.split, min(8, base.split * 2)}):
                     tried.add(hopper.Decode(base.tokens, rows, stages, split))
             for config in sorted(tried, key=str):
                 us = graph_us([lambda w=w: hopper.decode(quantized.q, w, s, config) for w in weights], 4)
-                note(op="decode", shape=name, M=M, rows=config.rows, stages=config.stages, split=config.split, base=config == base, us=us, TBps=N * K / us / 1e6)
-            us = graph_us([lambda w=w: hopper.decode((qq := int8_quantize.quantize_rows(x)).q, w, Scaling(torch.bfloat16, qq.scale, s.w_scale)) for w in weights], 4)
+                note(
+                    op="decode",
+                    shape=name,
+                    M=M,
+                    rows=config.rows,
+                    stages=config.stages,
+                    split=config.split,
+                    base=config == base,
+                    us=us,
+                    TBps=N * K / us / 1e6,
+                )
+            us = graph_us(
+                [
+                    lambda w=w: hopper.decode(
+                        (qq := int8_quantize.quantize_rows(x)).q, w, Scaling(torch.bfloat16, qq.scale, s.w_scale)
+                    )
+                    for w in weights
+                ],
+                4,
+            )
             note(op="decode+quantize", shape=name, M=M, us=us)
         del weights
 
@@ -64,7 +90,15 @@ def prefill() -> None:
             f8 = [w.float().to(torch.float8_e4m3fn) for w in weights]
             a = torch.randn(M, K, device="cuda").to(torch.float8_e4m3fn)
             sa, sb = torch.rand(M, 1, device="cuda"), torch.rand(1, N, device="cuda")
-            us = graph_us([lambda w=w: torch._scaled_mm(a, w.t(), scale_a=sa, scale_b=sb, out_dtype=torch.bfloat16, use_fast_accum=True) for w in f8], 8)
+            us = graph_us(
+                [
+                    lambda w=w: torch._scaled_mm(
+                        a, w.t(), scale_a=sa, scale_b=sb, out_dtype=torch.bfloat16, use_fast_accum=True
+                    )
+                    for w in f8
+                ],
+                8,
+            )
             note(op="fp8", shape=name, M=M, us=us, TOPS=2e-6 * M * N * K / us)
             us = graph_us([lambda w=w: torch._int_mm(q, w.t()) for w in weights], 8)
             note(op="_int_mm", shape=name, M=M, us=us, TOPS=2e-6 * M * N * K / us)
@@ -84,7 +118,16 @@ def triton() -> None:
     tile = int8_linear.Tile
     N, K = SHAPES["gate_up"]
     w = [codes(N, K) for _ in range(3)]
-    for M, tiles in {16: (tile(0, 16, 32, 256, 4, 4), tile(0, 16, 64, 256, 4, 4)), 64: (tile(0, 64, 64, 128, 4, 5),), 4096: (tile(0, 128, 256, 128, 8, 3), tile(0, 128, 256, 128, 8, 4), tile(0, 128, 128, 128, 4, 4), tile(0, 128, 128, 128, 8, 4))}.items():
+    for M, tiles in {
+        16: (tile(0, 16, 32, 256, 4, 4), tile(0, 16, 64, 256, 4, 4)),
+        64: (tile(0, 64, 64, 128, 4, 5),),
+        4096: (
+            tile(0, 128, 256, 128, 8, 3),
+            tile(0, 128, 256, 128, 8, 4),
+            tile(0, 128, 128, 128, 4, 4),
+            tile(0, 128, 128, 128, 8, 4),
+        ),
+    }.items():
         q, s = codes(M, K), scaling(M, N)
         for t in tiles:
             us = graph_us([lambda w=w: int8_linear.product(q, w, s, t) for w in w], 8)
@@ -104,8 +147,16 @@ def quantize() -> None:
             us = graph_us([lambda: int8_quantize.quantize_rows(x)] * 2, 3)
             silu = graph_us([lambda: int8_quantize.silu_product_quantize(x, r)] * 2, 3)
             norm = graph_us([lambda: int8_quantize.rms_norm_quantize(x, weight, 1e-5, r)] * 2, 3)
-            note(op="quantize", M=M, K=K, warps=warps, rows_TBps=3 * M * K / us / 1e6, silu_TBps=5 * M * K / silu / 1e6, norm_TBps=7 * M * K / norm / 1e6)
-        us = graph_us([lambda: (torch.nn.functional.rms_norm(x.add_(r), (K,), weight, 1e-5))] * 2, 3)
+            note(
+                op="quantize",
+                M=M,
+                K=K,
+                warps=warps,
+                rows_TBps=3 * M * K / us / 1e6,
+                silu_TBps=5 * M * K / silu / 1e6,
+                norm_TBps=7 * M * K / norm / 1e6,
+            )
+        us = graph_us([lambda: torch.nn.functional.rms_norm(x.add_(r), (K,), weight, 1e-5)] * 2, 3)
         note(op="torch add + rms_norm", M=M, K=K, us=us)
 
 

@@ -1,6 +1,6 @@
 """fp8 e4m3 W8A8 through torch's own product: x quantized per token, `torch._scaled_mm` with row and column scales.
 
-    y[m,n] = x_scale[m] w_scale[n] sum_k qx[m,k] qw[n,k] + bias[n]        compute capability 8.9 and later, y in bfloat16
+y[m,n] = x_scale[m] w_scale[n] sum_k qx[m,k] qw[n,k] + bias[n]        compute capability 8.9 and later, y in bfloat16
 """
 
 from typing import Any

@@ -201,9 +201,7 @@ def rms_norm_quantize(
     return made, h
 
 
-def silu_product_quantize(
-    gate: Tensor, up: Tensor, smooth: Tensor | None = None, symmetric: bool = True
-) -> Quantized:
+def silu_product_quantize(gate: Tensor, up: Tensor, smooth: Tensor | None = None, symmetric: bool = True) -> Quantized:
     """The codes of silu(gate) * up * smooth, [M, K]; gate and up: one dtype, K contiguous; smooth [K]."""
     made = _empty(gate, symmetric)
     pitch = made.q.shape[1]
