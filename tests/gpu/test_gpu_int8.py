@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from lowbit.kernels.triton import int8_linear, int8_quantize
+from lowbit.kernels.triton import int8_linear, int8_quantize  # noqa: E402
 
 SHAPES = [(1, 17, 17), (17, 1, 576), (1, 4095, 576), (3, 64, 1), (16, 200, 4095), (65, 576, 1000), (130, 4095, 576),
           (300, 520, 4095)]  # fmt: skip
@@ -87,7 +87,7 @@ def test_codes_of_tokens_are_those_of_the_reference(scheme: str, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_fused_quantization_is_the_chain_but_for_ties(dtype: torch.dtype) -> None:
-    """exp and rsqrt may differ in their last bit from torch's, which moves a code by one where it decides a rounding."""
+    """A last bit of exp or rsqrt may differ from torch's, and moves a code by one where it decides a rounding."""
     x, residual = (torch.randn(33, 4096, device="cuda").to(dtype) for _ in range(2))
     weight, smooth = torch.randn(4096, device="cuda").to(dtype), torch.rand(4096, device="cuda").to(dtype) + 0.5
     made, h = int8_quantize.rms_norm_quantize(x, weight, 1e-5, residual, smooth)

@@ -1,4 +1,4 @@
-"""int8_matmul: q int8 [M, K] x codes int8 [N, K]^T -> int32 [M, N], exact; the op that every rung of the ladder runs."""
+"""int8_matmul: q int8 [M, K] x codes int8 [N, K]^T -> int32 [M, N], exact; the op of every rung of the ladder."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""The fragment layouts that the .cu files draw, run by hand: ldmatrix and mma as the PTX ISA defines them, lane by lane.
+"""The fragment layouts that the .cu files draw, run by hand: ldmatrix and mma as the PTX ISA has them.
 
-Oracle: a product in 64 bits. It shows that the layout of the Turing rung is the documented one, on a machine without it.
+Oracle: a product in 64 bits. It shows that the Turing rung's layout is the documented one, on any machine.
 """
 
 import torch

@@ -25,7 +25,7 @@ _SLACK = 1024  # stages start at a multiple of 1024 bytes
 
 @dataclass(frozen=True)
 class Decode:
-    """How int8_wgmma_decode.cu is compiled: for up to `tokens` tokens, blocks of `rows` rows of w, K divided by split."""
+    """How int8_wgmma_decode.cu is compiled: tiles of `tokens` tokens, blocks of `rows` rows of w, K in split parts."""
 
     tokens: int
     rows: int
@@ -71,7 +71,7 @@ def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
 
 
 def suits_decode(tokens: int, width: int, processors: int) -> bool:
-    """Whether the decode kernel is the faster one: always up to 128 tokens, then while its tiles fit the chip at once."""
+    """Whether the decode kernel is faster: always up to 128 tokens, above while its tiles fit the chip at once."""
     return tokens <= 128 or -(-tokens // 128) * -(-width // 128) <= processors
 
 

@@ -2,8 +2,8 @@
 
     y[m,n] = x_scale[m] w_scale[n] (sum_k qx[m,k] qw[n,k] - x_zero[m] w_sum[n]) + bias[n]
 
-The weight is [N, K] with K contiguous, which is what int8 tensor cores take; as [K, N] Triton would transpose it byte by
-byte. Tiles are visited in columns of GROUP_M along m, so that the rows of x stay in the L2 while w streams by.
+The weight is [N, K] with K contiguous, as int8 tensor cores take it; a [K, N] one Triton would transpose byte by byte.
+Tiles are visited in columns of GROUP_M along m, so that the rows of x stay in the L2 while w streams by.
 """
 
 from typing import NamedTuple

@@ -7,8 +7,8 @@
 smooth [K] is 1 / s of SmoothQuant (arXiv:2211.10438, eq. 3) where s could not be folded into a weight. A program holds
 one row in registers from the load to the codes, so each input is read once and nothing is written but the result.
 
-Scales and codes are those of numerics/affine.py bit by bit: scale = 2 max|x| / 255 in float32, rounded to x's dtype; the
-quotient is correctly rounded (div_rn), and ties go to even. Intermediate results are rounded to x's dtype where the
+Scales and codes are those of numerics/affine.py bit by bit: scale = 2 max|x| / 255 in float32, rounded to x's dtype;
+the quotient is correctly rounded (div_rn), and ties go to even. Intermediate results are rounded to x's dtype where the
 unfused modules round them.
 """
 
