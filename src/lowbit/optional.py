@@ -1,6 +1,8 @@
 """The one place that imports an optional dependency, and says what to install when it is missing."""
 
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from lowbit.errors import InputError
@@ -17,3 +19,10 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise
     raise InputError(f'this needs the package {module.partition(".")[0]}: pip install "lowbit[{extra}]"')
+
+
+@cache
+def installed(module: str) -> bool:
+    """Whether `require(module)` would find it."""
+    parent = module.rpartition(".")[0]
+    return (not parent or installed(parent)) and find_spec(module) is not None

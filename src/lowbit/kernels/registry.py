@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.kernels import cpu, reference
+from lowbit.kernels import cpu, fp8, int8_linear, reference
 from lowbit.kernels.measured import fastest, generation_of
 from lowbit.tensors import PackedWeight
 
@@ -25,7 +25,7 @@ class Candidate:
 
     name: str
     run: Callable[..., Tensor]
-    refusal: Callable[[Tensor, PackedWeight], str | None]
+    refusal: Callable[..., str | None]
 
 
 def _runs_anywhere(x: Tensor, weight: PackedWeight) -> None:
@@ -35,8 +35,13 @@ def _runs_anywhere(x: Tensor, weight: PackedWeight) -> None:
 CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "wna16_linear": (Candidate("reference", reference.wna16_linear, _runs_anywhere),),
     "wa8_linear": (
+        Candidate("hopper_int8", int8_linear.hopper_linear, int8_linear.hopper_refusal),
+        Candidate("triton_int8", int8_linear.triton_linear, int8_linear.triton_refusal),
+        Candidate("turing_int8", int8_linear.turing_linear, int8_linear.turing_refusal),
+        Candidate("fp8_scaled_mm", fp8.scaled_mm_linear, fp8.refusal),
         Candidate("cpu_int8", cpu.int8_linear, cpu.int8_refusal),
         Candidate("reference", reference.wa8_linear, _runs_anywhere),
+        Candidate("llm_int8", int8_linear.outlier_linear, int8_linear.outlier_refusal),  # by name only
     ),
 }
 

@@ -31,6 +31,7 @@ SOURCES = Path(__file__).parent
 Defines = Mapping[str, int | str]
 _FLAGS = ("--std=c++17", "--device-as-default-execution-space")
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
+_FIELD = re.compile(r"\d*[a-zA-Z]")
 _NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED
 _log = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def cached_cubin(name: str, architecture: str, defines: Defines, folder: Path) -
 class Kernel:
     """A loaded `__global__` function of one device.
 
-    parameters: its parameters as `struct` letters: P pointer, i int32, q int64, f float32; in order, natural alignment.
+    parameters: its parameters as `struct` writes them: P pointer, i int32, q int64, f float32, 128s a structure of 128
+    bytes, given as bytes; in order, natural alignment.
     """
 
     def __init__(self, function: Any, parameters: str, keep_alive: Any) -> None:
@@ -100,7 +102,9 @@ class Kernel:
         self._function, self._keep_alive = function, keep_alive
         self._layout = struct.Struct("@" + parameters)
         self._values = ctypes.create_string_buffer(self._layout.size)
-        starts = [struct.calcsize("@" + parameters[: i + 1]) - struct.calcsize(p) for i, p in enumerate(parameters)]
+        fields = _FIELD.findall(parameters)
+        ends = [struct.calcsize("@" + "".join(fields[: i + 1])) for i in range(len(fields))]
+        starts = [end - struct.calcsize("@" + field) for end, field in zip(ends, fields, strict=True)]
         base = ctypes.addressof(self._values)
         self._pointers = (ctypes.c_void_p * len(starts))(*(base + start for start in starts))
         self._configs: dict[tuple[Any, ...], Any] = {}
@@ -110,7 +114,7 @@ class Kernel:
         self,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        arguments: tuple[int | float, ...],
+        arguments: tuple[int | float | bytes, ...],
         shared_bytes: int = 0,
         stream: int = 0,
         early: bool = False,

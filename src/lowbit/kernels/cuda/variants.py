@@ -31,5 +31,27 @@ class Variant:
 
 
 WNA16: tuple[Variant, ...] = ()
-INT8: tuple[Variant, ...] = ()
+_MATRIX = "its instructions came with that architecture"
+_WGMMA = "wgmma exists there and nowhere else"
+INT8 = (
+    Variant("int8_naive.cu", "int8_naive"),
+    Variant("int8_dp4a.cu", "int8_dp4a"),
+    Variant("int8_wmma.cu", "int8_wmma"),
+    Variant("int8_mma_m8n8k16.cu", "int8_mma_m8n8k16", (("KIND", 0),)),
+    Variant("int8_mma_m8n8k16.cu", "int8_mma_m8n8k16", (("KIND", 1),)),
+    Variant("int8_mma_m16n8k32.cu", "int8_mma_m16n8k32", (("KIND", 0),), least=(8, 0), why=_MATRIX),
+    Variant("int8_mma_m16n8k32.cu", "int8_mma_m16n8k32", (("KIND", 2),), least=(8, 0), why=_MATRIX),
+    *(Variant("int8_wgmma.cu", "int8_wgmma", (("KIND", kind),), only="sm_90a", why=_WGMMA) for kind in range(4)),
+    Variant("int8_wgmma_decode.cu", "int8_wgmma_decode", (("KIND", 0),), only="sm_90a", why=_WGMMA),
+    *(
+        Variant(
+            "int8_wgmma_decode.cu",
+            "int8_wgmma_decode",
+            (("KIND", 2), ("ROWS", rows), ("SPLIT", 4), ("STAGES", 4), ("TOKENS", tokens)),
+            only="sm_90a",
+            why=_WGMMA,
+        )
+        for tokens, rows in ((8, 64), (16, 64), (32, 64), (64, 64), (128, 128))
+    ),
+)
 VARIANTS: tuple[Variant, ...] = (*WNA16, *INT8)

@@ -1,0 +1,101 @@
+"""int8 products and quantization on a CUDA device. Oracles: float64 products of integers, exact below 2^53, and
+numerics/affine.py on the CPU.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.kernels.cuda import int8_hopper, int8_ladder
+from lowbit.kernels.int8 import Scaling, pad_columns
+from lowbit.numerics.affine import choose_scale, encode, value_range
+from lowbit.numerics.scheme import QuantScheme
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from lowbit.kernels.triton import int8_linear, int8_quantize  # noqa: E402
+
+SHAPES = [(1, 17, 17), (17, 1, 576), (1, 4095, 576), (3, 64, 1), (16, 200, 4095), (65, 576, 1000), (130, 4095, 576),
+          (300, 520, 4095)]  # fmt: skip
+PRODUCTS = {
+    **{rung.name: (lambda q, w, s, r=rung: int8_ladder.product(r, q, w, s)) for rung in int8_ladder.RUNGS},
+    "decode": int8_hopper.decode,
+    "prefill": int8_hopper.prefill,
+    "triton": int8_linear.product,
+}
+HOPPER = torch.cuda.get_device_capability() == (9, 0)
+
+
+def _operands(M: int, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa: N803
+    """(q, codes, their exact product), rows padded."""
+    generator = torch.Generator("cuda").manual_seed(M * 7 + N * 3 + K)
+    q = torch.randint(-128, 128, (M, K), generator=generator, device="cuda", dtype=torch.int8)
+    w = torch.randint(-128, 128, (N, K), generator=generator, device="cuda", dtype=torch.int8)
+    return pad_columns(q), pad_columns(w), (q.double() @ w.double().T).to(torch.int32)
+
+
+def _skip_unless_it_runs(name: str) -> None:
+    if name in ("decode", "prefill") and not HOPPER:
+        pytest.skip("wgmma exists on compute capability 9.0 alone")
+    if name in int8_ladder.BY_NAME and (reason := int8_ladder.refusal(int8_ladder.BY_NAME[name], torch.device("cuda"))):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_int32_products_are_exact(name: str, shape: tuple[int, int, int]) -> None:
+    _skip_unless_it_runs(name)
+    q, w, exact = _operands(*shape)
+    assert torch.equal(PRODUCTS[name](q, w, None), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if name not in ("naive", "dp4a", "wmma")])
+def test_scales_zeros_and_bias_are_applied_on_the_way_out(name: str, dtype: torch.dtype) -> None:
+    for shape in [(5, 17, 100), (128, 576, 576), (300, 520, 4095)]:
+        _skip_unless_it_runs(name)
+        q, w, exact = _operands(*shape)
+        M, N = exact.shape  # noqa: N806
+        x_zero = torch.randint(-128, 128, (M,), device="cuda", dtype=torch.int32)
+        w_scale, bias = (torch.rand(N, device="cuda") * 0.01).to(dtype), torch.randn(N, device="cuda").to(dtype)
+        per_token = Scaling(
+            dtype, torch.rand(M, device="cuda") * 0.01, w_scale, x_zero, w.sum(1, dtype=torch.int32), bias
+        )
+        per_tensor = Scaling(dtype, torch.full((1,), 0.02, device="cuda"), torch.full((1,), 0.01, device="cuda"))
+        for scaling in (per_token, per_tensor):
+            got, wanted = PRODUCTS[name](q, w, scaling), scaling.apply(exact)
+            assert got.dtype == dtype
+            error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+            assert error < {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]  # half a last bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic-asym"])
+def test_codes_of_tokens_are_those_of_the_reference(scheme: str, dtype: torch.dtype) -> None:
+    activations = QuantScheme.parse(scheme).activations
+    assert activations is not None
+    for rows, columns in [(1, 17), (7, 576), (3, 4095), (2, 28672)]:
+        x = (torch.randn(rows, columns) * 3 + 1).to(dtype)
+        made = int8_quantize.quantize_rows(x.cuda(), activations.symmetric)
+        scale, zero = choose_scale(*value_range(x, activations), activations, dtype)
+        assert torch.equal(made.q[:, :columns].cpu(), encode(x, scale, zero, activations))
+        assert torch.equal(made.scale.cpu(), scale.float().flatten())
+        assert zero is None or torch.equal(made.zero.cpu(), zero.to(torch.int32).flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fused_quantization_is_the_chain_but_for_ties(dtype: torch.dtype) -> None:
+    """A last bit of exp or rsqrt may differ from torch's, and moves a code by one where it decides a rounding."""
+    x, residual = (torch.randn(33, 4096, device="cuda").to(dtype) for _ in range(2))
+    weight, smooth = torch.randn(4096, device="cuda").to(dtype), torch.rand(4096, device="cuda").to(dtype) + 0.5
+    made, h = int8_quantize.rms_norm_quantize(x, weight, 1e-5, residual, smooth)
+    assert torch.equal(h, x + residual)
+    normed = (h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + 1e-5)).to(dtype) * weight * smooth
+    gated = torch.nn.functional.silu(x) * residual * smooth
+    for got, y in [(made, normed), (int8_quantize.silu_product_quantize(x, residual, smooth), gated)]:
+        wanted = int8_quantize.quantize_rows(y)
+        difference = (got.q.int() - wanted.q.int()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 0.01

@@ -1,0 +1,125 @@
+"""What int8 kernels share, who may run, and LLM.int8(). Oracles: kernels/reference.py and arithmetic in 64 bits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.kernels import fp8, int8_linear
+from lowbit.kernels.cuda import int8_hopper
+from lowbit.kernels.int8 import Scaling, int8_weight, pad_columns, weight_refusal
+from lowbit.kernels.int8_matmul import CANDIDATES, int8_matmul
+from lowbit.kernels.registry import use
+from lowbit.nn.linear import QuantLinear
+from lowbit.numerics.affine import choose_scale
+from lowbit.numerics.scheme import QuantScheme
+from lowbit.tensors import PackedWeight
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _packed(scheme: str, rows: int = 24, columns: int = 36) -> PackedWeight:
+    return PackedWeight.from_float(_normal(rows, columns), QuantScheme.parse(scheme), torch.float32)
+
+
+def test_rows_are_padded_with_zeros_to_sixteen_bytes() -> None:
+    q = torch.ones(3, 17, dtype=torch.int8)
+    padded = pad_columns(q)
+    assert padded.shape == (3, 32)
+    assert torch.equal(padded[:, :17], q)
+    assert not padded[:, 17:].any()
+    assert pad_columns(padded) is padded
+
+
+def test_the_kernels_form_of_a_weight_is_made_once_and_again_after_a_write() -> None:
+    weight = _packed("w8a8")
+    ready = int8_weight(weight)
+    assert int8_weight(weight) is ready
+    assert torch.equal(ready.sums, weight.codes.sum(1, dtype=torch.int32))
+    weight.codes.zero_()
+    assert not int8_weight(weight).sums.any()
+
+
+def test_scaling_is_the_reference_of_every_epilogue() -> None:
+    sums = torch.tensor([[100, -200], [300, 400]], dtype=torch.int32)
+    scaling = Scaling(
+        torch.float32,
+        torch.tensor([0.5, 2.0]),
+        torch.tensor([[1.0], [0.25]]),
+        torch.tensor([1, -2], dtype=torch.int32),
+        torch.tensor([10, 20], dtype=torch.int32),
+        torch.tensor([1.0, -1.0]),
+    )
+    assert scaling.apply(sums).tolist() == [[46.0, -28.5], [641.0, 219.0]]
+
+
+@pytest.mark.parametrize("shape", [(1, 17, 17), (17, 1, 1), (5, 24, 576)], ids=str)
+def test_int8_matmul_is_exact_here_and_its_other_kernels_say_why_not(shape: tuple[int, int, int]) -> None:
+    M, N, K = shape  # noqa: N806
+    generator = torch.Generator().manual_seed(0)
+    q, w = (torch.randint(-128, 128, (rows, K), dtype=torch.int8, generator=generator) for rows in (M, N))
+    assert torch.equal(int8_matmul(q, w), (q.long() @ w.long().T).int())
+    reasons = {candidate.name: candidate.refusal(q, w) for candidate in CANDIDATES}
+    assert [name for name, reason in reasons.items() if reason is None] == ["reference"]
+    assert "CUDA device" in str(reasons["mma_m8n8k16"])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [("w8a8-g12", "a scale per group"), ("w4a16", "not symmetric int8"), ("w8a8-asym", "not symmetric int8")],
+)
+def test_weights_that_int8_products_cannot_take_are_refused(scheme: str, words: str) -> None:
+    assert words in str(weight_refusal(_packed(scheme)))
+
+
+def test_a_row_whose_sum_may_overflow_is_refused() -> None:
+    codes = torch.zeros(1, 131072, dtype=torch.int8)
+    weight = PackedWeight(QuantScheme.parse("w8a8"), (1, 131072), codes, torch.ones(1, 1))
+    assert "may overflow" in str(weight_refusal(weight))
+
+
+def test_cuda_kernels_refuse_a_cpu() -> None:
+    x, weight = _normal(2, 36), _packed("w8a8")
+    for refusal in (int8_linear.hopper_refusal, int8_linear.triton_refusal, int8_linear.turing_refusal, fp8.refusal):
+        assert "runs on CUDA devices" in str(refusal(x, weight))
+
+
+def test_llm_int8_keeps_outlier_columns_exact_where_plain_int8_loses_the_rest() -> None:
+    """A column of 60 takes the whole range of the others; LLM.int8(), section 3.2."""
+    x, w = _normal(8, 256), _normal(24, 256, seed=1) * 0.1
+    x[:, 7] = 60.0
+    layer = QuantLinear.from_packed(PackedWeight.from_float(w, QuantScheme.parse("w8a8"), torch.float32), _normal(24))
+    exact = torch.nn.functional.linear(x, layer.packed.dequantize(), layer.bias)
+    errors = {}
+    for kernel in ("cpu_int8", "llm_int8"):
+        with use(kernel):
+            errors[kernel] = float((layer(x) - exact).norm() / exact.norm())
+    assert errors["llm_int8"] < errors["cpu_int8"] / 5
+
+
+def test_llm_int8_without_outliers_is_plain_int8() -> None:
+    x = _normal(8, 256).clamp(-5, 5)
+    layer = QuantLinear.from_packed(_packed("w8a8", columns=256))
+    with use("llm_int8"):
+        apart = layer(x)
+    with use("cpu_int8"):
+        torch.testing.assert_close(apart, layer(x))
+
+
+def test_llm_int8_refuses_one_scale_for_all_activations() -> None:
+    scheme = QuantScheme.parse("w8a8-static")
+    assert scheme.activations is not None
+    reason = int8_linear.outlier_refusal(_normal(2, 36), _packed("w8a8-static"))
+    assert "outlier columns are found per call" in str(reason)
+    assert choose_scale(torch.zeros(1), torch.ones(1), scheme.activations, torch.float32)[1] is None
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 100, 300])
+@pytest.mark.parametrize("shape", [(28672, 4096), (4096, 4096), (4096, 14336), (17, 128), (8192, 28672)], ids=str)
+def test_the_decode_kernel_is_chosen_within_the_chips_limits(tokens: int, shape: tuple[int, int]) -> None:
+    chosen = int8_hopper.choose(tokens, *shape, processors=132)
+    assert chosen.shared_bytes <= 227 * 1024  # of one block on sm_90
+    assert chosen.split in (1, 2, 4, 8)  # 8: the largest cluster that every device of sm_90 can run
+    assert chosen.split == 1 or shape[1] >= chosen.split * 2 * int8_hopper.STEP
+    assert chosen.tokens >= min(tokens, 128)
