@@ -1,1 +1,11 @@
-"""Stands here so that pytest puts tests/ on the import path: every room's tests import architectures.py from it."""
+"""Stands here so that pytest puts tests/ on the import path, and sets what must stand before anything is imported.
+
+Triton's kernels run in its interpreter where there is no GPU: it decides when a kernel is defined.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

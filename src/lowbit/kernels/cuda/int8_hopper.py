@@ -57,8 +57,9 @@ def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
     """The decode kernel for `tokens` tokens and w [width, columns], on a chip with so many multiprocessors.
 
     Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. Above, blocks of 128 x 128
-    outputs, one a multiprocessor. Measured on H200 (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win or tie
-    for every shape of Llama-3-8B; o (4096 x 4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 9.4 by 8, 8.9 undivided.
+    outputs, one a multiprocessor. Measured on H200 (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win
+    or tie for every shape of Llama-3-8B; o (4096 x 4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 9.4 by 8, and 8.9
+    undivided.
     """
     tile = next((size for size in DECODE_TOKENS if tokens <= size), DECODE_TOKENS[-1])
     rows = 64 if tile <= 64 else 128
