@@ -21,6 +21,11 @@ def require(module: str, extra: str) -> ModuleType:
     raise InputError(f'this needs the package {module.partition(".")[0]}: pip install "lowbit[{extra}]"')
 
 
+def late(module: str) -> ModuleType:
+    """A module of lowbit that imports an optional package at its top; ask `installed` for that package first."""
+    return import_module(module)
+
+
 @cache
 def installed(module: str) -> bool:
     """Whether `require(module)` would find it."""

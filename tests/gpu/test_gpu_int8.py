@@ -8,8 +8,11 @@ from torch import Tensor
 
 from lowbit.kernels.cuda import int8_hopper, int8_ladder
 from lowbit.kernels.int8 import Scaling, pad_columns
+from lowbit.kernels.registry import explain, use
+from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.affine import choose_scale, encode, value_range
 from lowbit.numerics.scheme import QuantScheme
+from lowbit.tensors import PackedWeight
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -99,3 +102,20 @@ def test_fused_quantization_is_the_chain_but_for_ties(dtype: torch.dtype) -> Non
         difference = (got.q.int() - wanted.q.int()).abs()
         assert difference.max() <= 1
         assert (difference > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic-asym", "w8a8-static", "w8a8-static-asym", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_a_layer_is_its_reference_by_every_kernel_that_runs_here(tokens: int, scheme: str) -> None:
+    x, w = torch.randn(tokens, 576, device="cuda").bfloat16(), torch.randn(320, 576, device="cuda").bfloat16()
+    packed = PackedWeight.from_float(w, QuantScheme.parse(scheme), torch.bfloat16)
+    grid = torch.tensor([0.03], device="cuda").bfloat16() if "static" in scheme else None
+    zero = torch.tensor([-5], device="cuda", dtype=torch.int8) if scheme == "w8a8-static-asym" else None
+    layer = QuantLinear.from_packed(packed, torch.randn(320, device="cuda").bfloat16(), grid, zero)
+    with use("reference"):
+        wanted = layer(x).double()
+    ready = [name for name, reason in explain("wa8_linear", x, packed).items() if reason == "ready"]
+    for kernel in ready:
+        with use(kernel):
+            got = layer(x).double()
+        assert (got - wanted).norm() / wanted.norm() < 1e-2, kernel  # the reference rounds W and x to bfloat16 first

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.optional import installed, require
+from lowbit.optional import installed, late
 from lowbit.tensors import PackedWeight, storage_of
 
 
@@ -37,7 +37,7 @@ def scaled_mm_linear(
     assert isinstance(weight.scale, Tensor)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
-    kernels: Any = require("lowbit.kernels.triton.fp8_quantize", "cuda")
+    kernels: Any = late("lowbit.kernels.triton.fp8_quantize")
     q, x_scale = kernels.quantize_rows(x if x.stride(-1) == 1 else x.contiguous())
     w_scale = weight.scale.float().reshape(1, -1)
     y = torch._scaled_mm(

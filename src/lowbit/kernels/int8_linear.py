@@ -19,7 +19,7 @@ from lowbit.kernels.cuda import int8_hopper, int8_ladder
 from lowbit.kernels.int8 import Quantized, Scaling, int8_weight, pad_columns, weight_refusal
 from lowbit.numerics.affine import encode
 from lowbit.numerics.scheme import TensorScheme
-from lowbit.optional import installed, require
+from lowbit.optional import installed, late
 from lowbit.tensors import PackedWeight
 
 OUTLIER = 6.0  # LLM.int8(), section 3.2: columns that hold a value of at least this size stay in 16 bits
@@ -68,8 +68,8 @@ def quantize(x: Tensor, scheme: TensorScheme, scale: Tensor | None, zero: Tensor
     """x [M, K] on the calibrated grid where there is one, else per token; by Triton on a device that has it."""
     if x.stride(-1) != 1:
         x = x.contiguous()
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):
-        kernels: Any = require("lowbit.kernels.triton.int8_quantize", "cuda")
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) and installed("triton"):
+        kernels: Any = late("lowbit.kernels.triton.int8_quantize")
         return kernels.quantize_rows(x, scheme.symmetric) if scale is None else kernels.quantize_static(x, scale, zero)
     scale, zero = reference.activation_scale(x, scheme, scale, zero)
     q = pad_columns(encode(x, scale, zero, scheme))
@@ -100,7 +100,7 @@ def triton_linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> Tensor:
     """hopper_linear's function by the Triton kernel."""
-    kernels: Any = require("lowbit.kernels.triton.int8_linear", "cuda")
+    kernels: Any = late("lowbit.kernels.triton.int8_linear")
     return _linear(kernels.product, x, weight, bias, (scale, zero))
 
 
@@ -108,10 +108,11 @@ def turing_linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> Tensor:
     """hopper_linear's function by Turing's instruction."""
-    return _linear(_turing_product, x, weight, bias, (scale, zero))
+    return _linear(turing_product, x, weight, bias, (scale, zero))
 
 
-def _turing_product(q: Tensor, codes: Tensor, scaling: Scaling) -> Tensor:
+def turing_product(q: Tensor, codes: Tensor, scaling: Scaling) -> Tensor:
+    """q int8 [M, K] times codes int8 [N, K], transposed, scaled, by mma.m8n8k16."""
     return int8_ladder.product(int8_ladder.BY_NAME["mma_m8n8k16"], q, codes, scaling)
 
 

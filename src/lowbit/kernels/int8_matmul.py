@@ -8,7 +8,7 @@ from lowbit.kernels.cuda import int8_hopper, int8_ladder
 from lowbit.kernels.cuda.int8_ladder import RUNGS, Rung
 from lowbit.kernels.int8 import pad_columns
 from lowbit.kernels.registry import Candidate
-from lowbit.optional import installed, require
+from lowbit.optional import installed, late
 
 
 def _rung(rung: Rung) -> Candidate:
@@ -34,7 +34,7 @@ def _wgmma_refusal(q: Tensor, codes: Tensor) -> str | None:
 
 
 def _triton(q: Tensor, codes: Tensor) -> Tensor:
-    return require("lowbit.kernels.triton.int8_linear", "cuda").product(pad_columns(q), pad_columns(codes))
+    return late("lowbit.kernels.triton.int8_linear").product(pad_columns(q), pad_columns(codes))
 
 
 def _triton_refusal(q: Tensor, codes: Tensor) -> str | None:

@@ -40,8 +40,8 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         Candidate("turing_int8", int8_linear.turing_linear, int8_linear.turing_refusal),
         Candidate("fp8_scaled_mm", fp8.scaled_mm_linear, fp8.refusal),
         Candidate("cpu_int8", cpu.int8_linear, cpu.int8_refusal),
+        Candidate("llm_int8", int8_linear.outlier_linear, int8_linear.outlier_refusal),  # by name
         Candidate("reference", reference.wa8_linear, _runs_anywhere),
-        Candidate("llm_int8", int8_linear.outlier_linear, int8_linear.outlier_refusal),  # by name only
     ),
 }
 

@@ -19,7 +19,6 @@ from lowbit.optional import require
 
 STEP = 128  # bytes along K in one box
 TILE_M, TILE_N, STAGES = 128, 256, 4  # of int8_wgmma.cu
-CLUSTER = (2, 1)
 DECODE_TOKENS = (8, 16, 32, 64, 128)  # sizes of a token tile that int8_wgmma_decode.cu is compiled for
 _SLACK = 1024  # stages start at a multiple of 1024 bytes
 
@@ -57,9 +56,9 @@ def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
     """The decode kernel for `tokens` tokens and w [width, columns], on a chip with so many multiprocessors.
 
     Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. Above, blocks of 128 x 128
-    outputs, one a multiprocessor. Measured on H200 (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win
-    or tie for every shape of Llama-3-8B; o (4096 x 4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 9.4 by 8, and 8.9
-    undivided.
+    outputs, one a multiprocessor. Measured on H200 (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win or
+    tie for every shape of Llama-3-8B; o (4096 x 4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 8.9 undivided, 9.4
+    by 8.
     """
     tile = next((size for size in DECODE_TOKENS if tokens <= size), DECODE_TOKENS[-1])
     rows = 64 if tile <= 64 else 128
@@ -89,19 +88,14 @@ def decode(q: Tensor, codes: Tensor, scaling: Scaling | None = None, config: Dec
     )  # fmt: skip
 
 
-def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None, cluster: tuple[int, int] = CLUSTER) -> Tensor:
-    """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling.
-
-    cluster: blocks along m and n that share what they copy.
-    """
-    down, right = cluster
-    tiles = -(-q.shape[0] // (down * TILE_M)) * -(-codes.shape[0] // (right * TILE_N))
-    clusters = min(tiles, _processors(q.device) // (down * right))
-    defines = (("CLUSTER_M", down), ("CLUSTER_N", right))
-    maps = _map(q, TILE_M // right), _map(codes, TILE_N // down)
+def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None) -> Tensor:
+    """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling."""
+    pairs, across = -(-q.shape[0] // (2 * TILE_M)), -(-codes.shape[0] // TILE_N)
+    clusters = min(pairs * across, _processors(q.device) // 2)
+    maps = _map(q, TILE_M), _map(codes, TILE_N // 2)
     return _launch(
-        ("int8_wgmma", defines, STAGES * (TILE_M + TILE_N) * STEP + _SLACK), maps, (q, codes, scaling),
-        (clusters * down * right, 1, 1), 384,
+        ("int8_wgmma", (), STAGES * (TILE_M + TILE_N) * STEP + _SLACK), maps, (q, codes, scaling),
+        (clusters * 2, 1, 1), 384,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@
 //     rate, about twice what it gives.
 //
 //     full[s]   the copy engine counts 48 KB of stage s in          (its own half from here, the other from the peer)
-//     empty[s]  two warpgroups of each block that shares with this one are done with s
+//     empty[s]  four warpgroups, two of each block, are done with s (a half may only be sent where both are done)
 //
 // Persistent: one block a multiprocessor; a cluster takes tiles in columns of GROUP pairs, so that the rows of x stay in
 // the L2 while w streams by. The copying thread runs ahead into the next tile while the sums are written.
@@ -37,37 +37,16 @@ constexpr int TILE_M = 128, STEP = 128;
 #ifndef GROUP
 #define GROUP 8
 #endif
-#ifndef CLUSTER_M
-#define CLUSTER_M 2
-#endif
-#ifndef CLUSTER_N
-#define CLUSTER_N 1
-#endif
-constexpr int CLUSTER = CLUSTER_M * CLUSTER_N, SHARERS = CLUSTER_M + CLUSTER_N - 1;  // sharers: of a row or a column
 constexpr int X_BYTES = TILE_M * STEP, W_BYTES = TILE_N * STEP, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int SUMS = TILE_N / 2;  // registers a thread
 
 struct Tile { int m0, n0; };
 
-// Tile number `index` of a cluster, for its block (down, right): columns of clusters GROUP high, then the next n.
-__device__ __forceinline__ Tile place(int index, int high, int wide, int down, int right) {
-    int in_group = GROUP * wide, group = index / in_group, height = min(GROUP, high - group * GROUP);
-    int row = group * GROUP + index % in_group % height, column = index % in_group / height;
-    return {(row * CLUSTER_M + down) * TILE_M, (column * CLUSTER_N + right) * TILE_N};
-}
-
-// The block that is number i among those that share rows of x or of w with block (down, right), itself included.
-__device__ __forceinline__ int sharer(int i, int down, int right) {
-    if (i < CLUSTER_M) return right * CLUSTER_M + i;
-    int other = i - CLUSTER_M;
-    return (other < right ? other : other + 1) * CLUSTER_M + down;
-}
-
-// A part of a tile into this block, or into every block of the cluster that needs it.
-__device__ __forceinline__ void fetch(unsigned to, const TensorMap* map, int k, int r, unsigned barrier, int blocks,
-                                      unsigned short mask) {
-    if (blocks == 1) copy_box(to, map, k, r, barrier);
-    else copy_box_to_all(to, map, k, r, barrier, mask);
+// Tile `index` for this block of the cluster: pairs of tiles along m, GROUP pairs high, then the next n.
+__device__ __forceinline__ Tile place(int index, int pairs, int columns, int rank) {
+    int in_group = GROUP * columns, group = index / in_group, height = min(GROUP, pairs - group * GROUP);
+    int pair_index = group * GROUP + index % in_group % height;
+    return {(pair_index * 2 + rank) * TILE_M, index % in_group / height * TILE_N};
 }
 
 // The four lanes that share a row hold neighbours 2t, 2t + 1 of four groups of 8 columns; afterwards lane t holds all 8
@@ -120,7 +99,7 @@ __device__ __forceinline__ void write(const int (&d)[SUMS], const Epilogue& e, c
     }
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, EPILOGUE_PARAMETERS, int M,
            int N, int K) {
     extern __shared__ unsigned char memory[];
@@ -129,17 +108,16 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     Epilogue e = EPILOGUE;
     unsigned stages = (shared_address(memory) + 1023) & ~1023u;
     unsigned full = shared_address(barriers), empty = full + STAGES * 8;
-    int group = threadIdx.x / 128, rank = cluster_rank(), down = rank % CLUSTER_M, right = rank / CLUSTER_M;
-    int high = (M + CLUSTER_M * TILE_M - 1) / (CLUSTER_M * TILE_M);
-    int wide = (N + CLUSTER_N * TILE_N - 1) / (CLUSTER_N * TILE_N);
-    int tiles = high * wide, steps = (K + STEP - 1) / STEP;
+    int group = threadIdx.x / 128, rank = cluster_rank();
+    int pairs = (M + 2 * TILE_M - 1) / (2 * TILE_M), across = (N + TILE_N - 1) / TILE_N;
+    int tiles = pairs * across, steps = (K + STEP - 1) / STEP;
 
     if (threadIdx.x == 0) {
         prefetch_map(&x_map);
         prefetch_map(&w_map);
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + s * 8, 1);
-            barrier_init(empty + s * 8, 2 * SHARERS);
+            barrier_init(empty + s * 8, 4);
         }
         barrier_init_fence();
     }
@@ -151,19 +129,14 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         if (threadIdx.x == 0) {
             wait_for_previous();
             int stage = 0, parity = 1;
-            unsigned short beside = 0, below = ((1 << CLUSTER_M) - 1) << (right * CLUSTER_M);
-            for (int i = 0; i < CLUSTER_N; i++) beside |= 1 << (i * CLUSTER_M + down);
-            for (int index = blockIdx.x / CLUSTER; index < tiles; index += gridDim.x / CLUSTER) {
-                Tile tile = place(index, high, wide, down, right);
-                int m = tile.m0 + right * (TILE_M / CLUSTER_N), n = tile.n0 + down * (TILE_N / CLUSTER_M);
+            for (int index = blockIdx.x / 2; index < tiles; index += gridDim.x / 2) {
+                Tile tile = place(index, pairs, across, rank);
                 for (int step = 0; step < steps; step++) {
-                    unsigned here = stages + stage * STAGE_BYTES, arrived = full + stage * 8;
-                    unsigned x_to = here + right * (X_BYTES / CLUSTER_N);
-                    unsigned w_to = here + X_BYTES + down * (W_BYTES / CLUSTER_M);
+                    unsigned x_to = stages + stage * STAGE_BYTES, w_to = x_to + X_BYTES + rank * (W_BYTES / 2);
                     barrier_wait(empty + stage * 8, parity);
-                    barrier_expect(arrived, STAGE_BYTES);
-                    fetch(x_to, &x_map, step * STEP, m, arrived, CLUSTER_N, beside);
-                    fetch(w_to, &w_map, step * STEP, n, arrived, CLUSTER_M, below);
+                    barrier_expect(full + stage * 8, STAGE_BYTES);
+                    copy_box(x_to, &x_map, step * STEP, tile.m0, full + stage * 8);
+                    copy_box_to_all(w_to, &w_map, step * STEP, tile.n0 + rank * (TILE_N / 2), full + stage * 8, 3);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
             }
@@ -174,9 +147,8 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         int thread = threadIdx.x % 128, lane = thread % 32, stage = 0, parity = 0;
         Column* mine = columns[group - 1];
         wait_for_previous();
-        int target = sharer(thread % SHARERS, down, right);
-        for (int index = blockIdx.x / CLUSTER; index < tiles; index += gridDim.x / CLUSTER) {
-            Tile tile = place(index, high, wide, down, right);
+        for (int index = blockIdx.x / 2; index < tiles; index += gridDim.x / 2) {
+            Tile tile = place(index, pairs, across, rank);
             Column next[TILE_N / 128];
             if (KIND != 0)
 #pragma unroll
@@ -195,12 +167,12 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
                 for (int k = 0; k < STEP / 32; k++) wgmma(d, a + k * 2, b + k * 2, step > 0 || k > 0);
                 wgmma_commit();
                 wgmma_wait<1>();  // the step before this one is done: its stage may be filled again
-                if (previous >= 0 && thread < SHARERS) barrier_arrive_remote(empty + previous * 8, target);
+                if (previous >= 0 && thread < 2) barrier_arrive_remote(empty + previous * 8, thread);
                 previous = stage;
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
             wgmma_wait<0>();
-            if (thread < SHARERS) barrier_arrive_remote(empty + previous * 8, target);
+            if (thread < 2) barrier_arrive_remote(empty + previous * 8, thread);
             if (KIND != 0) {
                 named_barrier(group, 128);  // nobody still reads the last tile's columns
 #pragma unroll
