@@ -1,6 +1,7 @@
 """Oracle: bitsandbytes' optimizers on a CPU, bit for bit; torch's own AdamW for the size of the difference."""
 
 import copy
+import weakref
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -77,6 +78,15 @@ def test_training_resumes_bit_equal_from_a_state_dict(make: type, tmp_path: Path
     second.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     train(second, 3, first=3)
     assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
+
+
+def test_no_gradient_is_kept_alive() -> None:
+    ours = parameters()
+    optimizer = AdamW8bit(ours)
+    train(optimizer, 1)
+    gradient = weakref.ref(ours[0].grad)
+    optimizer.zero_grad()
+    assert gradient() is None
 
 
 def damaged(state_dict: dict, kind: str) -> dict:

@@ -33,7 +33,7 @@ def test_a_record_is_128_bytes_and_its_blocks_are_counted_on() -> None:
     p = torch.zeros(300)
     scalars = Scalars(*range(10))
     some, none = Step("adam", 32, p, p, (p, p), ()), Step("adam", 32, p[:0], p[:0], (p, p), ())
-    records, blocks = pack_records([(some, scalars), (none, scalars), (some, scalars)])
+    records, blocks = pack_records([(step.record(), scalars) for step in (some, none, some)])
     assert (len(records), blocks) == (256, 4)
     fields = struct.unpack("<9q10f2q", records[128:])
     assert fields[0] == p.data_ptr()
@@ -62,7 +62,7 @@ def run(optimizer: BlockwiseOptimizer, steps: int, plainly: bool) -> None:
         with torch.no_grad():
             for parameter in parameters:
                 group = optimizer.param_groups[0]
-                one, _ = optimizer._prepared(parameter, group["bits"])
+                one = optimizer._step(parameter, group["bits"])
                 one.state["step"] += 1
                 _step_plainly(one, optimizer._hyper(group, one.state["step"]))
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lowbit.errors import CheckpointError, InputError
-from lowbit.kernels.cuda.optim import KernelStep, Scalars, step_all, step_refusal
+from lowbit.kernels.cuda.optim import KernelStep, Record, Scalars, step_all, step_refusal
 from lowbit.train.rules import ADAM, LION, MOMENTUM, Hyper, Rule
 from lowbit.train.states import ABSMAX, BLOCKS, check_state, decode_state, encode_state, layout
 
@@ -60,7 +60,7 @@ class BlockwiseOptimizer(Optimizer):
     ) -> None:
         _check_hyper(defaults)
         self.rule, self.options, self.decoupled = rule, options, decoupled
-        self._known: dict[Tensor, tuple[tuple[Any, ...], _Step, KernelStep | None]] = {}
+        self._known: dict[Tensor, tuple[tuple[Any, ...], Record | None]] = {}
         super().__init__(params, defaults | {"bits": options.bits})
 
     @torch.no_grad()
@@ -70,22 +70,23 @@ class BlockwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        fused: list[tuple[KernelStep, Scalars]] = []
+        fused: list[tuple[Record, Scalars]] = []
         for group in self.param_groups:
             hypers: dict[int, tuple[Hyper, Scalars]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                one, for_kernel = self._prepared(parameter, group["bits"])
-                count = one.state["step"] = one.state["step"] + 1
+                record = self._record(parameter, group["bits"])
+                state = self.state[parameter]
+                count = state["step"] = state["step"] + 1
                 if count not in hypers:
                     hyper = self._hyper(group, count)
                     hypers[count] = hyper, hyper.scalars(self.rule.name)
                 hyper, scalars = hypers[count]
-                if for_kernel is None:
-                    _step_plainly(one, hyper)
+                if record is None:
+                    _step_plainly(self._step(parameter, group["bits"]), hyper)
                 else:
-                    fused.append((for_kernel, scalars))
+                    fused.append((record, scalars))
         if fused:
             step_all(fused)
         return loss
@@ -94,8 +95,8 @@ class BlockwiseOptimizer(Optimizer):
         beta1, beta2 = group["betas"]
         return Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step, self.decoupled)
 
-    def _prepared(self, parameter: Tensor, bits: int) -> tuple[_Step, KernelStep | None]:
-        """What one tensor's step needs, its states made at the first; the second is None where the kernel refuses.
+    def _record(self, parameter: Tensor, bits: int) -> Record | None:
+        """The kernel's record of a tensor, its states made at the first step; None where the kernel refuses.
 
         It is kept as long as parameter and gradient stay where they are: building it takes 15 us a tensor.
         """
@@ -103,18 +104,21 @@ class BlockwiseOptimizer(Optimizer):
         place = (p.data_ptr(), g.data_ptr(), g.dtype)
         known = self._known.get(parameter)
         if known is not None and known[0] == place:
-            return known[1], known[2]
+            return known[1]
+        one = self._step(parameter, bits).for_kernel()
+        record = one.record() if step_refusal(one) is None else None
+        self._known[parameter] = place, record
+        return record
+
+    def _step(self, parameter: Tensor, bits: int) -> _Step:
+        p, g = _local(parameter), _local(parameter.grad)  # type: ignore[arg-type]
         if g.is_sparse:
             raise InputError("sparse gradients are not supported; build the embedding with sparse=False")
         state = self.state[parameter]
         if not state:
             state |= self._initial(p, bits)
         quantized = self.rule.slots[0].name + ABSMAX in state
-        one = _Step(self.rule, p, g, state, bits if quantized else 32)
-        for_kernel = one.for_kernel()
-        usable = for_kernel if step_refusal(for_kernel) is None else None
-        self._known[parameter] = place, one, usable
-        return one, usable
+        return _Step(self.rule, p, g, state, bits if quantized else 32)
 
     def _initial(self, p: Tensor, bits: int) -> dict[str, Any]:
         """Zero states: of few bits where the tensor is large enough, else float32."""

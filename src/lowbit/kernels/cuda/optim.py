@@ -66,21 +66,26 @@ class KernelStep:
     states: tuple[Tensor, ...]
     absmax: tuple[Tensor, ...]
 
-    @cached_property
-    def packed(self) -> tuple[bytes, int, int]:
-        """(the record's pointers and size, its blocks, its flags)."""
+    def record(self) -> "Record":
+        """The addresses in it, without a reference to any tensor: a gradient that is kept could never be freed."""
         pointers = [self.p.data_ptr(), self.g.data_ptr()]
         pointers += [self.states[i].data_ptr() if i < len(self.states) else 0 for i in range(2)]
         pointers += [self.absmax[i].data_ptr() if i < len(self.absmax) else 0 for i in range(2)]
         unaligned = any(pointer % 16 for pointer in pointers[:4])
         flags = (_WIDE if self.bits == 32 else 0) | (_UNALIGNED if unaligned else 0)
         elements = self.p.numel()
-        return _POINTERS.pack(*pointers, elements), -(-elements // BLOCK), flags
+        launch = (self.p.device, self.rule, self.p.dtype)
+        return Record(launch, _POINTERS.pack(*pointers, elements), -(-elements // BLOCK), flags)
 
-    @cached_property
-    def launch(self) -> tuple[torch.device, str, torch.dtype]:
-        """Steps of one launch have these in common."""
-        return self.p.device, self.rule, self.p.dtype
+
+@dataclass(frozen=True)
+class Record:
+    """A KernelStep as the kernel reads it, but for its numbers; steps of equal `launch` go in one launch."""
+
+    launch: tuple[torch.device, str, torch.dtype]
+    pointers: bytes
+    blocks: int
+    flags: int
 
 
 def step_refusal(step: KernelStep) -> str | None:
@@ -96,16 +101,16 @@ def step_refusal(step: KernelStep) -> str | None:
     return None
 
 
-def step_all(steps: Sequence[tuple[KernelStep, Scalars]]) -> None:
-    """Apply the steps, one launch for each combination of device, rule and dtype; none of them may refuse."""
-    launches: dict[tuple[torch.device, str, torch.dtype], list[tuple[KernelStep, Scalars]]] = {}
+def step_all(steps: Sequence[tuple[Record, Scalars]]) -> None:
+    """Apply steps that did not refuse: one launch for each combination of device, rule and dtype."""
+    launches: dict[tuple[torch.device, str, torch.dtype], list[tuple[Record, Scalars]]] = {}
     for step in steps:
         launches.setdefault(step[0].launch, []).append(step)
     for (device, rule, dtype), together in launches.items():
         _launch(device, rule, dtype, together)
 
 
-def _launch(device: torch.device, rule: str, dtype: torch.dtype, steps: Sequence[tuple[KernelStep, Scalars]]) -> None:
+def _launch(device: torch.device, rule: str, dtype: torch.dtype, steps: Sequence[tuple[Record, Scalars]]) -> None:
     records, blocks = pack_records(steps)
     if not blocks:
         return
@@ -127,15 +132,14 @@ def _launch(device: torch.device, rule: str, dtype: torch.dtype, steps: Sequence
         kernel.launch((grid, 1, 1), (plan.threads, 1, 1), arguments, plan.shared_bytes, current_stream(device))
 
 
-def pack_records(steps: Sequence[tuple[KernelStep, Scalars]]) -> tuple[bytearray, int]:
+def pack_records(steps: Sequence[tuple[Record, Scalars]]) -> tuple[bytearray, int]:
     """(the records of tensors that are not empty, blocks of all of them together)."""
     parts: list[bytes] = []
     end = 0
-    for step, scalars in steps:
-        pointers, blocks, flags = step.packed
-        if blocks:
-            end += blocks
-            parts += (pointers, _ENDS.pack(end, flags), scalars.packed)
+    for record, scalars in steps:
+        if record.blocks:
+            end += record.blocks
+            parts += (record.pointers, _ENDS.pack(end, record.flags), scalars.packed)
     return bytearray(b"".join(parts)), end
 
 
