@@ -47,7 +47,7 @@ from lowbit.verbs import _device as resolve_device
 
 METHODS = {"qlora": ("nf4-b64-dq", 2e-4), "qat": ("w4a16-g64", 2e-5)}
 """Method -> the scheme and the learning rate that it has by default (QLoRA's appendix B; ParetoQ, LLM-QAT)."""
-SCALE_RATE = 5.0  # learned scales move this much faster than weights
+SCALE_RATE = 0.1  # of the weights' rate: a scale of 0.03 that moves by 1e-4 a step undid GPTQ (docs/log-training.md)
 Progress = Callable[[str, int, int], None]
 
 

@@ -44,31 +44,29 @@ class _FakeQuantize(torch.autograd.Function):
         scheme: TensorScheme,
         scale_dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, zero)
-        ctx.scheme, ctx.scale_dtype = scheme, scale_dtype
         stored, rounded = stored_grid(scale, zero, scheme, scale_dtype)
-        return decode(encode(x, stored, rounded, scheme), stored, rounded, scheme)
+        q = encode(x, stored, rounded, scheme)
+        ctx.save_for_backward(x, q, stored, rounded)
+        ctx.scheme, ctx.dtype = scheme, scale.dtype
+        return decode(q, stored, rounded, scheme)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        x, scale, zero = ctx.saved_tensors
+        """With e = q - (x/s + z), a code is inside where |e| <= 1/2; then d/ds is e, elsewhere e + x/s = q - z."""
+        x, q, stored, rounded = ctx.saved_tensors
         scheme: TensorScheme = ctx.scheme
-        stored, rounded = stored_grid(scale, zero, scheme, ctx.scale_dtype)
-        step = stored.float().unsqueeze(-1)
-        shift = 0.0 if rounded is None else rounded.float().unsqueeze(-1)
-        grouped, dy = group_view(x.float(), scheme), group_view(gradients[0].float(), scheme)
-        scaled = grouped / step + shift
-        number_format = scheme.format
-        inside = (scaled >= number_format.low - 0.5) & (scaled <= number_format.high + 0.5)
+        step, dy = stored.float().unsqueeze(-1), group_view(gradients[0].float(), scheme)
+        ratio = group_view(x.float(), scheme) / step
+        scaled = ratio if rounded is None else ratio + rounded.unsqueeze(-1)
+        error = group_view(q, scheme).float() - scaled
+        inside = error.abs() <= 0.5
         dx = (dy * inside).reshape(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
         ds = dz = None
         if ctx.needs_input_grad[1]:
-            codes = round_to(scaled, number_format).float() - shift
-            codes = codes - torch.where(inside, scaled - shift, 0.0)
-            ds = (dy * codes).sum(-1).mul_(lsq_gradient_scale(grouped.shape[-1], scheme)).to(scale.dtype)
-            ds = ds.view(scale.shape)
-        if zero is not None and ctx.needs_input_grad[2]:
-            dz = -(dy * step * ~inside).sum(-1).to(zero.dtype).view(zero.shape)
+            ds = (dy * (error + torch.where(inside, 0.0, ratio))).sum(-1)
+            ds = (ds * lsq_gradient_scale(ratio.shape[-1], scheme)).to(ctx.dtype).view(stored.shape)
+        if rounded is not None and ctx.needs_input_grad[2]:
+            dz = -(dy * step * ~inside).sum(-1).to(ctx.dtype).view(stored.shape)
         return dx, ds, dz, None, None
 
 
