@@ -5,7 +5,7 @@
 The model: llama, 3 blocks of width 96, characters as tokens, trained for 500 steps on lowbit's packaged calibration
 text. Each method quantizes it under one scheme; KL to the float model, in nats a character, is measured on 32 windows
 of the packaged evaluation text, which is from other books. QAT begins with GPTQ's grids and codes, or with clipped
-rounding, and learns from the float model's answers (self-distillation) for 300 steps.
+rounding, and learns from the float model's answers (self-distillation) for 150 steps.
 """
 
 import copy
