@@ -1,6 +1,8 @@
 """lowbit: make a Hugging Face language model small and fast, prove what that cost, and write files that others load."""
 
-from lowbit.errors import CheckpointError, GateError, InputError, LowbitError, SchemeError
+from lowbit import qat
+from lowbit.errors import CheckpointError, GateError, InputError, LowbitError, SchemeError, TrainingError
+from lowbit.finetuning import Finetuned, Finetuning, finetune
 from lowbit.io.load import load
 from lowbit.judge import Tasks
 from lowbit.model.recipe import Recipe
@@ -9,6 +11,8 @@ from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.options import Calibration, Evaluation, Gates, Scores
 from lowbit.report import Report
+from lowbit.train import optim
+from lowbit.train.qlora import add_lora, load_lora, merge_lora
 from lowbit.verbs import Conditions, compare, evaluate, quantize
 
 __all__ = [
@@ -16,6 +20,8 @@ __all__ = [
     "CheckpointError",
     "Conditions",
     "Evaluation",
+    "Finetuned",
+    "Finetuning",
     "GateError",
     "Gates",
     "InputError",
@@ -28,8 +34,15 @@ __all__ = [
     "SchemeError",
     "Scores",
     "Tasks",
+    "TrainingError",
+    "add_lora",
     "compare",
     "evaluate",
+    "finetune",
     "load",
+    "load_lora",
+    "merge_lora",
+    "optim",
+    "qat",
     "quantize",
 ]

@@ -4,6 +4,7 @@ LowbitError(ValueError)
 |-- InputError         the user gave something that cannot work; the message says what to do   (exit code 2)
 |   |-- SchemeError    a scheme's text or its fit to a layer
 |   `-- CheckpointError  a file that is missing, truncated or holds the wrong thing
+|-- TrainingError      training diverged; the last good checkpoint is named                     (exit code 2)
 `-- GateError          everything ran, and a limit that was asked for does not hold            (exit code 3)
 """
 
@@ -26,3 +27,7 @@ class CheckpointError(InputError):
 
 class GateError(LowbitError):
     """A limit that was asked for does not hold."""
+
+
+class TrainingError(LowbitError):
+    """Training diverged; what was saved before stays."""

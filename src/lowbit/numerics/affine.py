@@ -48,15 +48,15 @@ def choose_scale(low: Tensor, high: Tensor, scheme: TensorScheme, dtype: torch.d
     bound = scheme.format
     if scheme.symmetric:
         steps = bound.high if bound.kind == "float" else (bound.high - bound.low) / 2
-        scale = _guarded(torch.maximum(-low, high) / steps, dtype)
+        scale = stored_scale(torch.maximum(-low, high) / steps, dtype)
         return scale, None
-    scale = _guarded((high - low) / (bound.high - bound.low), dtype)
+    scale = stored_scale((high - low) / (bound.high - bound.low), dtype)
     zero = (bound.low - low / scale.float()).clamp(bound.low, bound.high).round().to(torch.int8)
     return scale, zero
 
 
-def _guarded(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale in `dtype`, no element zero: an exact or underflowed zero becomes the dtype's epsilon."""
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale in `dtype`, in which it is stored, no element zero: an exact or underflowed zero becomes its epsilon."""
     scale = scale.to(dtype)
     return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
 

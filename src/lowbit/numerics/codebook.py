@@ -7,7 +7,8 @@ nf4 (QLoRA, arXiv:2305.14314, appendix E): quantiles of the normal distribution,
 fp4: bitsandbytes' own 1-2-1 float. It is not OCP's E2M1: its smallest step is 1/192, not 1/12 of the largest.
 
 Double quantization (QLoRA, section 3): the mean of all absmax is taken off, the rest is coded in blocks of 256 with
-the signed dynamic map of 256 levels (arXiv:1511.04561): 32/64 -> 8/64 + 32/(64 256) bits a weight.
+the signed dynamic map of 256 levels (arXiv:1511.04561): 32/64 -> 8/64 + 32/(64 256) bits a weight. The same map holds
+the first moment of 8-bit optimizers (arXiv:2110.02861), and its unsigned twin the second.
 
 Codes, absmax and nested codes are bitwise equal to those of bitsandbytes 0.50 on a CPU, of which three habits follow:
 a value halfway between two levels takes the lower one; a last block that is not full is divided by its absmax (never
@@ -28,7 +29,6 @@ NESTED_BLOCK = 256
 _SLICE = 2**20  # elements worked on at once: four float32 temporaries of 4 MiB
 _SMALLEST_ABSMAX = 1e-38
 _NESTED_GRID = 2**16 - 1
-_MAP_DECADES = 7
 
 # float32 values as bitsandbytes stores them; the levels of QLoRA, appendix E, to the last bit
 _NF4 = (
@@ -65,20 +65,23 @@ def levels_of(name: str) -> Tensor:
     return torch.tensor(_LEVELS[name])
 
 
-def dynamic_map() -> Tensor:
-    """The signed dynamic map: 256 ascending float32 levels from -0.993 to 1, zero among them."""
-    return torch.tensor(_dynamic_levels())
+def dynamic_map(signed: bool = True, bits: int = 8) -> Tensor:
+    """The dynamic map of 2^bits ascending float32 levels, zero and 1 among them, over bits - 1 decades.
+
+    8 bits: signed from -0.993, smallest step 5.5e-7; unsigned from 0, smallest step 3.25e-7.
+    """
+    return torch.tensor(_dynamic_levels(signed, bits))
 
 
 @cache
-def _dynamic_levels() -> tuple[float, ...]:
-    """Each decade 10^-6 ... 1 is cut in twice as many steps as the one below; a level is the middle of a step."""
+def _dynamic_levels(signed: bool, bits: int) -> tuple[float, ...]:
+    """Each decade up to 1 is cut in twice as many steps as the one below; a level is the middle of a step."""
     positive: list[float] = []
-    for decade in range(_MAP_DECADES):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+    for decade in range(bits - 1):
+        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, dtype=torch.float32)
         middles = (edges[:-1] + edges[1:]) / 2
-        positive += (10 ** (decade - _MAP_DECADES + 1) * middles).tolist()
-    return tuple(sorted([*positive, *(-level for level in positive), 0.0, 1.0]))
+        positive += (10 ** (decade - bits + 2) * middles).tolist()
+    return tuple(sorted([*positive, *((-level for level in positive) if signed else ()), 0.0, 1.0]))
 
 
 def zero_code(levels: Tensor) -> int:
@@ -134,15 +137,19 @@ def decode_blocks(
     return decoded.view(shape)
 
 
-def encode_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [n], absmax float32 [ceil(n / 256)]) of x float32 [n] under the dynamic map, in blocks of 256."""
+def encode_dynamic(x: Tensor, signed: bool = True, gridded: bool = True) -> tuple[Tensor, Tensor]:
+    """(codes uint8 [n], absmax float32 [ceil(n / 256)]) of x float32 [n] under the dynamic map, in blocks of 256.
+
+    gridded: round to the grid of 2^16 points first, as bitsandbytes does on a CPU but not on CUDA.
+    """
     blocks = torch.nn.functional.pad(x, (0, -x.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(-1)
     # a block of zeros divides to NaN and takes code 0: its absmax of zero makes any level zero
     scaled = (blocks * (1.0 / absmax).unsqueeze(-1)).nan_to_num(nan=-1.0).clamp(-1, 1)
-    grid_point = ((scaled + 1) * 0.5 * _NESTED_GRID + 0.5).int()
-    on_grid = grid_point.float() / _NESTED_GRID * 2 - 1
-    codes = torch.bucketize(on_grid, _boundaries(dynamic_map().to(x.device)))
+    if gridded:
+        grid_point = ((scaled + 1) * 0.5 * _NESTED_GRID + 0.5).int()
+        scaled = grid_point.float() / _NESTED_GRID * 2 - 1
+    codes = torch.bucketize(scaled, _boundaries(dynamic_map(signed).to(x.device)))
     return codes.view(-1)[: x.numel()].to(torch.uint8), absmax
 
 

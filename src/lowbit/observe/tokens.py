@@ -75,7 +75,7 @@ def load_tokens(
     if path.is_file() or path.suffix in _SUFFIXES:
         if path.suffix == ".safetensors":
             return _checked(_stored_ids(path), str(path), tokenizer)
-        text = _joined(_jsonl_texts(path, tokenizer)) if path.suffix == ".jsonl" else _read(path)
+        text = _joined(jsonl_texts(path, tokenizer)) if path.suffix == ".jsonl" else _read(path)
         return text_windows(text, tokenizer, samples, seq_len, seed, str(path))
     if isinstance(source, str) and (match := _DATA_SET.fullmatch(source)):
         text = _joined(_data_set_texts(match["name"], match["split"] or "train", match["column"], tokenizer))
@@ -164,7 +164,7 @@ def _joined(texts: Iterable[str]) -> str:
     return "\n\n".join(kept)
 
 
-def _jsonl_texts(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
+def jsonl_texts(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     with path.open("rb") as lines:

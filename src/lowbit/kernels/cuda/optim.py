@@ -1,0 +1,192 @@
+"""Launches optim_blockwise.cu: one optimizer step over many tensors with 8-bit (or float32) states, in one launch.
+
+For every tensor a record of 128 bytes (pointers, sizes, the step's numbers) is written on the host and copied over in
+one piece; records stay on the device while nothing in them changes, as in a captured graph. States may lie in pinned
+host memory: the GPU reads and writes them in place.
+
+    rule      states                        rate
+    adam      m signed, v unsigned          -lr / (1 - beta1^t)
+    lion      m signed                      -lr
+    momentum  m signed                      -lr
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels.cuda.compiler import current_stream, load_kernel
+from lowbit.numerics.codebook import dynamic_map
+
+BLOCK = 256
+BELOW_BYTES = 49152
+UNSIGNED_AT, NEGATIVE_AT = 0x4000, 0x8000  # where the unsigned map and negative numbers begin in `below`
+_KEYS = 0x3F80 + 1  # upper halves of the floats from 0 to 1
+_RULES = {"adam": 0, "lion": 1, "momentum": 2}
+_PARAMETERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POINTERS, _ENDS, _NUMBERS = struct.Struct("<7q"), struct.Struct("<2q"), struct.Struct("<10f2q")
+RECORD_BYTES = 128  # the Tensor of the .cu file
+_WIDE, _UNALIGNED = 1, 2
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The numbers of one tensor's step: g <- g + l2 p, p <- shrink p + m / (sqrt(v) correction + eps).
+
+    correction and eps are divided by the rate; the rules without a second moment use the rate itself.
+    """
+
+    shrink: float
+    l2: float
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    eps: float
+    rate: float
+    correction: float
+    first: float
+
+    @cached_property
+    def packed(self) -> bytes:
+        return _NUMBERS.pack(*astuple(self), 0, 0)
+
+
+@dataclass(frozen=True)
+class KernelStep:
+    """One tensor's step: p and g of one dtype and shape; its states, and their absmax (none where bits is 32)."""
+
+    rule: str
+    bits: int
+    p: Tensor
+    g: Tensor
+    states: tuple[Tensor, ...]
+    absmax: tuple[Tensor, ...]
+
+    def record(self) -> "Record":
+        """The addresses in it, without a reference to any tensor: a gradient that is kept could never be freed."""
+        pointers = [self.p.data_ptr(), self.g.data_ptr()]
+        pointers += [self.states[i].data_ptr() if i < len(self.states) else 0 for i in range(2)]
+        pointers += [self.absmax[i].data_ptr() if i < len(self.absmax) else 0 for i in range(2)]
+        unaligned = any(pointer % 16 for pointer in pointers[:4])
+        flags = (_WIDE if self.bits == 32 else 0) | (_UNALIGNED if unaligned else 0)
+        elements = self.p.numel()
+        launch = (self.p.device, self.rule, self.p.dtype)
+        return Record(launch, _POINTERS.pack(*pointers, elements), -(-elements // BLOCK), flags)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A KernelStep as the kernel reads it, but for its numbers; steps of equal `launch` go in one launch."""
+
+    launch: tuple[torch.device, str, torch.dtype]
+    pointers: bytes
+    blocks: int
+    flags: int
+
+
+def step_refusal(step: KernelStep) -> str | None:
+    """Why the kernel can't do this step, or None."""
+    if not step.p.is_cuda:
+        return "the parameter is not on a CUDA device"
+    if step.bits not in (8, 32):
+        return f"states of {step.bits} bits go through torch"
+    if step.p.dtype not in _PARAMETERS or step.g.dtype != step.p.dtype:
+        return f"a parameter of {step.p.dtype} with a gradient of {step.g.dtype} goes through torch"
+    if not (step.p.is_contiguous() and step.g.is_contiguous()):
+        return "the parameter or its gradient is not contiguous"
+    return None
+
+
+def step_all(steps: Sequence[tuple[Record, Scalars]]) -> None:
+    """Apply steps that did not refuse: one launch for each combination of device, rule and dtype."""
+    launches: dict[tuple[torch.device, str, torch.dtype], list[tuple[Record, Scalars]]] = {}
+    for step in steps:
+        launches.setdefault(step[0].launch, []).append(step)
+    for (device, rule, dtype), together in launches.items():
+        _launch(device, rule, dtype, together)
+
+
+def _launch(device: torch.device, rule: str, dtype: torch.dtype, steps: Sequence[tuple[Record, Scalars]]) -> None:
+    records, blocks = pack_records(steps)
+    if not blocks:
+        return
+    host = torch.frombuffer(records, dtype=torch.uint8).pin_memory()
+    tensors = host.to(device, non_blocking=True)
+    below, levels, bounds = _tables(device)
+    plan = _plan(device, rule)
+    defines = (
+        *(("RULE", _RULES[rule]), ("PARAM", _PARAMETERS[dtype])),
+        *(("THREADS", plan.threads), ("REPLICAS", plan.replicas)),
+    )
+    kernel = load_kernel("optim_blockwise.cu", "optim_blockwise", "PiPPP", device, defines, plan.shared_bytes)
+    grid = min(plan.thread_blocks, -(-blocks * 32 // plan.threads))
+    arguments = (
+        *(tensors.data_ptr(), len(records) // RECORD_BYTES),
+        *(below.data_ptr(), levels.data_ptr(), bounds.data_ptr()),
+    )
+    with torch.cuda.device(device):
+        kernel.launch((grid, 1, 1), (plan.threads, 1, 1), arguments, plan.shared_bytes, current_stream(device))
+
+
+def pack_records(steps: Sequence[tuple[Record, Scalars]]) -> tuple[bytearray, int]:
+    """(the records of tensors that are not empty, blocks of all of them together)."""
+    parts: list[bytes] = []
+    end = 0
+    for record, scalars in steps:
+        if record.blocks:
+            end += record.blocks
+            parts += (record.pointers, _ENDS.pack(end, record.flags), scalars.packed)
+    return bytearray(b"".join(parts)), end
+
+
+@dataclass(frozen=True)
+class _Plan:
+    threads: int
+    replicas: int
+    shared_bytes: int
+    thread_blocks: int
+
+
+def _shared_bytes(rule: str, replicas: int) -> int:
+    return BELOW_BYTES + (2 if rule == "adam" else 1) * 2 * 256 * 4 * replicas
+
+
+@cache
+def _plan(device: torch.device, rule: str) -> _Plan:
+    """Copies of the tables as many as shared memory holds (32: no bank conflicts), threads so that nothing spills."""
+    properties = torch.cuda.get_device_properties(device)
+    room = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    replicas = next(count for count in (32, 16, 8, 4, 2, 1) if _shared_bytes(rule, count) <= room)
+    return _Plan(768, replicas, _shared_bytes(rule, replicas), properties.multi_processor_count)
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(below uint8 [49152], levels float32 [2, 256], bounds float32 [2, 256]) on the device, the signed map first."""
+    maps = [dynamic_map(True), dynamic_map(False)]
+    levels, bounds = torch.stack(maps), torch.stack([_bounds(levels) for levels in maps])
+    return search_table().to(device), levels.to(device), bounds.to(device)
+
+
+def _bounds(levels: Tensor) -> Tensor:
+    """The boundaries between neighbours, and infinity after the last: [256]."""
+    return torch.cat([(levels[:-1] + levels[1:]) / 2, torch.tensor([torch.inf])])
+
+
+def search_table() -> Tensor:
+    """uint8 [49152]: for the upper half of a float's bits, how many boundaries lie below every float of that half.
+
+    At most one more lies among them, so the code of x is below[key] + (x > bounds[below[key]]). Keys of the signed map
+    stand where they fall, from 0 and from 0x8000; those of the unsigned map fill the gap from 0x4000.
+    """
+    table = torch.zeros(BELOW_BYTES, dtype=torch.uint8)
+    edges = (torch.arange(_KEYS + 1, dtype=torch.int32) << 16).view(torch.float32)  # |x| of key k: edges[k] to [k + 1]
+    signed, unsigned = _bounds(dynamic_map(True)), _bounds(dynamic_map(False))
+    table[:_KEYS] = torch.bucketize(edges[:-1], signed)
+    table[UNSIGNED_AT : UNSIGNED_AT + _KEYS] = torch.bucketize(edges[:-1], unsigned)
+    table[NEGATIVE_AT : NEGATIVE_AT + _KEYS] = torch.bucketize(-edges[1:], signed, right=True)
+    return table

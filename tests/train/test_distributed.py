@@ -1,0 +1,52 @@
+"""QAT and QLoRA under FSDP2 on two processes (gloo, CPU). Oracle: the same steps on one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed_worker import measure
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def run(world: int, folder: Path) -> list[dict]:
+    """What each process of a group of `world` found."""
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    outs = [folder / f"{world}-{rank}.json" for rank in range(world)]
+    worker, meeting = HERE / "distributed_worker.py", folder / f"meeting-{world}"
+    processes = [
+        subprocess.Popen([sys.executable, worker, str(rank), str(world), meeting, out], env=environment)
+        for rank, out in enumerate(outs)
+    ]
+    codes = [process.wait(timeout=570) for process in processes]
+    assert codes == [0] * world
+    return [json.loads(out.read_text()) for out in outs]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[dict]]:
+    folder = tmp_path_factory.mktemp("distributed")
+    return measure(0, 1), run(2, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("qat", 1e-4), ("qlora8", 1e-4), ("qat8", 3e-3)],
+    ids=["qat", "qlora", "qat with 8-bit states, whose blocks end elsewhere in a shard"],
+)
+def test_two_processes_lose_what_one_loses(found: tuple[dict, list[dict]], name: str, tolerance: float) -> None:
+    one, two = found
+    for rank in two:
+        assert rank[name] == pytest.approx(one[name], rel=tolerance)
+
+
+def test_a_rank_resumes_bit_equal_and_holds_half_of_the_states(found: tuple[dict, list[dict]]) -> None:
+    one, two = found
+    assert one["resumed"]
+    assert all(rank["resumed"] for rank in two)
+    assert max(rank["state bytes"] for rank in two) < 0.75 * one["state bytes"]
