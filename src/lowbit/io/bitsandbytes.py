@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, InputError
+from lowbit.io.stored import Reader, Stored
 from lowbit.numerics.codebook import NESTED_BLOCK, NestedAbsmax, dynamic_map, levels_of
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
@@ -77,6 +78,24 @@ def parse_4bit(name: str, tensors: Mapping[str, Tensor]) -> PackedWeight:
 def scheme_4bit(name: str, tensors: Mapping[str, Tensor]) -> QuantScheme:
     """The scheme of layer `name`, out of its quant_state entry alone. Raises CheckpointError as `parse_4bit` does."""
     return _scheme_and_shape(name, _read_state(name, tensors))[0]
+
+
+class Bitsandbytes4BitReader(Reader):
+    """Reads nf4 and fp4 with any quant_storage, plain or double quantized."""
+
+    endings = (".weight",)
+
+    def _modules(self) -> dict[str, None]:
+        end = ".weight.absmax"
+        return dict.fromkeys(name.removesuffix(end) for name in self.shapes if name.endswith(end))
+
+    def names(self, module: str) -> tuple[str, ...]:
+        entries = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{_STATE}nf4", f"{_STATE}fp4")
+        named = (f"{module}.weight", *(f"{module}.weight.{entry}" for entry in entries))
+        return tuple(name for name in named if name in self.shapes)
+
+    def read(self, module: str) -> Stored:
+        return Stored(parse_4bit(module, {name: self.get(name) for name in self.names(module)}))
 
 
 def config_4bit(scheme: QuantScheme, dtype: torch.dtype, skip: Sequence[str]) -> dict[str, object]:

@@ -35,7 +35,7 @@ class Source:
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """The safetensors files of the model, in order."""
+        """The safetensors files of the model, in order. Raises CheckpointError for an index that leaves the folder."""
         index = self.folder / INDEX
         if index.is_file():
             return _shards_of(index)
@@ -52,8 +52,17 @@ class Source:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The quantization_config of config.json, if it has one."""
-        return self.config.get("quantization_config")
+        """The quantization_config: of config.json, or of the file beside it that AutoGPTQ and AutoAWQ write."""
+        config = self.config
+        found = config.get("quantization_config") or config.get("compression_config")
+        for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+            if not found and (self.folder / name).is_file():
+                beside = read_json(self.folder / name)
+                if {"bits", "w_bit"} & beside.keys():
+                    found = {"quant_method": method} | beside
+        if found is not None and not isinstance(found, dict):
+            raise CheckpointError(f"{self.folder / 'config.json'} has a quantization_config that is no object")
+        return found
 
 
 def _shards_of(index: Path) -> tuple[str, ...]:
