@@ -120,7 +120,9 @@ def _matches(module: str, target: str) -> bool:
 def _scheme(group: Mapping[str, Any]) -> QuantScheme:
     weights, activations = group.get("weights"), group.get("input_activations")
     if not isinstance(weights, dict) or not isinstance(activations, dict | None):
-        raise CheckpointError("a group of quantization_config has no weights; lowbit reads quantized weights only")
+        raise CheckpointError(
+            "one of config_groups in quantization_config has no weights, and lowbit reads nothing else"
+        )
     scheme = QuantScheme(_tensor_scheme(weights), _tensor_scheme(activations) if activations else None)
     try:
         if QuantScheme.parse(str(scheme)) == scheme:
@@ -186,9 +188,9 @@ class CompressedTensorsReader(Reader):
         if "weight_packed" in named:
             named.pop("weight", None)
         codes = named.get("weight_packed", named.get("weight"))
-        need(codes is not None and codes.dim() == 2, module, "it has no matrix weight_packed or weight")
+        need(codes is not None and codes.dim() == 2, f"{module}.weight_packed", "it is missing or no matrix")
         assert codes is not None
-        need("weight_scale" in named, module, "it has no weight_scale")
+        need("weight_scale" in named, f"{module}.weight_scale", "it is missing")
         shape = self._shape(module, named, codes, scheme)
         if scheme.weights.granularity == "tensor":
             named = {key: _one(value) if key != "weight_packed" and key != "weight" else value
@@ -200,6 +202,19 @@ class CompressedTensorsReader(Reader):
             weight = replace(weight, scheme=replace(scheme, weights=replace(scheme.weights, ordered=False)))
         weight.check(module)
         return Stored(weight, inputs)
+
+    def _inputs(self, module: str, named: dict[str, Tensor], scheme: QuantScheme) -> dict[str, Tensor]:
+        """The calibrated grid, taken out of `named`; only what the scheme calls for."""
+        found = {key: _one(named.pop(key)) for key in _INPUT_KEYS if key in named}
+        activations = scheme.activations
+        if activations is None:
+            return {}
+        if activations.format == NVFP4:
+            return {key: value for key, value in found.items() if key == "input_global_scale"}
+        keys = () if activations.dynamic else _INPUT_KEYS[:1] if activations.symmetric else _INPUT_KEYS[:2]
+        for key in keys:
+            need(key in found, f"{module}.{key}", "it is missing, and quantization_config asks for it")
+        return {key: found[key].to(torch.int8) if key == "input_zero_point" else found[key] for key in keys}
 
     def _shape(self, module: str, named: dict[str, Tensor], codes: Tensor, scheme: QuantScheme) -> tuple[int, int]:
         if "weight_packed" not in named:
@@ -250,7 +265,11 @@ class CompressedTensorsReader(Reader):
         codes, zero = named["weight_packed"], named.get("weight_zero_point")
         if codes.shape[1] == words_per_row(columns, bits):
             return named
-        need(codes.shape[1] == -(-columns // per_word), module, f"weight_packed {list(codes.shape)} fits no layout")
+        if codes.shape[1] != -(-columns // per_word):
+            raise CheckpointError(
+                f"{module}.weight_packed is {codes.dtype} {list(codes.shape)}, which packs no {rows} x {columns} of "
+                f"{bits} bits; the checkpoint is damaged or its config describes another one"
+            )
         self.say(f"{bits}-bit codes are packed as before compressed-tensors 0.17, whose successors misread them")
         named = named | {"weight_packed": pack(_whole_codes(codes, bits, columns), bits)}
         if zero is not None and zero.shape[0] == -(-rows // per_word):

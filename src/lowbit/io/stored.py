@@ -23,9 +23,9 @@ class Stored:
 class Reader:
     """How one foreign format keeps quantized modules; made by reading.reader_of.
 
-    modules: disk modules that are quantized matrices. experts: disk names of 3-D parameters whose matrices are. warnings:
-    what a person should know, filled while reading. A format's own class names its tensors' endings, the codes' first,
-    and reads a module.
+    modules: disk modules that are quantized matrices. experts: disk names of 3-D parameters whose matrices are.
+    warnings: what a person should know, filled while reading. A format's own class names its tensors' endings, the
+    codes' first, and reads a module.
     """
 
     endings: tuple[str, ...] = ()
