@@ -103,17 +103,18 @@ def int8_outlier_linear(
 ) -> Tensor:
     """x [M, K] times int8 weights [N, K], transposed, with x's outlying columns in x's own dtype: [M, N].
 
-    A token's scale is the largest magnitude among what stays, over 127; codes are those of bitsandbytes.
+    A token's scale is the largest magnitude among what stays, over 127. Codes are those of bitsandbytes, which rounds x
+    to float16 first: without that, one code in twenty differs by one.
     """
     activations = weight.scheme.activations
     assert activations is not None
     assert activations.outlier is not None
     assert isinstance(weight.scale, Tensor)
-    is_outlier = torch.zeros_like(x, dtype=torch.bool)
-    if activations.outlier > 0:
-        is_outlier = x.abs() >= activations.outlier
+    bound = torch.finfo(torch.float16).max
+    half = x.clamp(-bound, bound).to(torch.float16)
+    is_outlier = half.abs() >= activations.outlier if activations.outlier > 0 else torch.zeros_like(x, dtype=torch.bool)
     columns = is_outlier.any(0)  # [K]
-    inliers = x.float().masked_fill(is_outlier, 0)
+    inliers = half.float().masked_fill(is_outlier, 0)
     largest = inliers.abs().amax(-1, keepdim=True)  # [M, 1]
     q = (inliers * (_INT8_LARGEST / largest)).nan_to_num(0).round().to(torch.int8)
     q = q.masked_fill(columns, 0)
