@@ -49,8 +49,9 @@ class AwqReader(Reader):
         need(tensors["scales"].is_floating_point(), module, "scales are no floating-point numbers")
         read = self._read_gemv if self.version == "gemv" else self._read_gemm
         codes, zero, scale, shape = read(module, **tensors)
-        groups = scale.shape[1]
-        text = "w4a16" + (f"-g{shape[1] // groups}" if groups > 1 else "")
+        size = shape[1] // scale.shape[1]
+        declared = self.config.get("group_size", self.config.get("q_group_size"))
+        text = "w4a16" + f"-g{size}" * (scale.shape[1] > 1 or declared == size)
         if self.config.get("zero_point", True) is False and torch.equal(zero, torch.zeros_like(zero)):
             return Stored(PackedWeight(QuantScheme.parse(text), shape, codes, scale))
         packed_zero = pack(zero.T, _BITS).T.contiguous()  # [N, G] -> [N/8, G]

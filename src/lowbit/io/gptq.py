@@ -72,7 +72,9 @@ class GptqReader(Reader):
         fits = fits and tuple(tensors["qzeros"].shape) == (groups, rows * bits // 32)
         need(fits, module, _shapes(tensors, f"don't fit {bits} bits"))
         zero = self._zero(module, tensors["qzeros"], bits, rows, settings.get("sym", True) is not False)
-        text = f"w{bits}a16" + (f"-g{inputs // groups}" if groups > 1 else "") + "-asym" * (zero is not None)
+        size = inputs // groups
+        grouped = groups > 1 or settings.get("group_size") == size
+        text = f"w{bits}a16" + f"-g{size}" * grouped + "-asym" * (zero is not None)
         codes, order = _ordered(module, qweight.T.contiguous(), tensors.get("g_idx"), bits, inputs, groups)
         scheme = QuantScheme.parse(text + "-order" * (order is not None))
         scale = scales.T.contiguous()

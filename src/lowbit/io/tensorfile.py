@@ -29,6 +29,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LONGEST_HEADER_BYTES = 100_000_000
+_PIECE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -197,18 +198,33 @@ class TensorWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor; it may be freed afterwards."""
-        assert name not in self._header, name
-        octets = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) if tensor.numel() else b""
         begin = self._end
-        view = octets.numpy().data if isinstance(octets, Tensor) else memoryview(octets)
+        if tensor.numel():
+            self._write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._note(name, tensor.dtype, tensor.shape, begin)
+
+    def copy(self, name: str, source: TensorFile) -> None:
+        """Append a tensor of another file, byte for byte, in pieces."""
+        entry, begin = source.entries[name], self._end
+        with source.path.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            left = entry.bytes
+            while left:
+                piece = file.read(min(left, _PIECE_BYTES))
+                if not piece:
+                    raise _damaged(source.path, f"it ends within {name}")
+                left -= len(piece)
+                self._write(memoryview(piece))
+        self._note(name, entry.dtype, entry.shape, begin)
+
+    def _write(self, view: memoryview) -> None:
         self._end += view.nbytes
         while view:
             view = view[self._file.write(view) :]
-        self._header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, self._end],
-        }
+
+    def _note(self, name: str, dtype: torch.dtype, shape: Sequence[int], begin: int) -> None:
+        assert name not in self._header, name
+        self._header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, self._end]}
 
     def _finish(self) -> None:
         text = json.dumps(self._header, separators=(",", ":")).encode()
