@@ -91,6 +91,7 @@ def test_integers_go_from_format_to_format_and_back_bit_for_bit(source: str, tar
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("source", ["gptq-llama", "awq-qwen2", "gptq-qwen2"])
 def test_stock_transformers_loads_what_became_compressed_tensors(source: str, tmp_path: Path) -> None:
     start = foreign(source, tmp_path / "start")
