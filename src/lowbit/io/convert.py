@@ -22,16 +22,19 @@ from lowbit.errors import CheckpointError, InputError
 from lowbit.io.checkpoint import copy_files
 from lowbit.io.decoders import decode, same
 from lowbit.io.folder import atomic_folder, check_destination
+from lowbit.io.gguf_blocks import BY_NAME
+from lowbit.io.gguf_write import GgufWriter
 from lowbit.io.reading import reader_of
 from lowbit.io.source import INDEX, Source, open_source
 from lowbit.io.stored import Reader, Stored
-from lowbit.io.targets import TARGETS, Target
+from lowbit.io.targets import TARGETS, TOOL, Target
 from lowbit.io.tensorfile import Files, TensorFile, TensorWriter, header_bound
 from lowbit.numerics.scheme import QuantScheme, check_fits
 from lowbit.tensors import PackedWeight
 
 FLOAT = "float"
-FORMATS = (*TARGETS, FLOAT)
+GGUF = {f"gguf-{name.lower()}": BY_NAME[name] for name in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")}
+FORMATS = (*TARGETS, FLOAT, "gguf", *GGUF)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -75,6 +78,8 @@ def convert(model: str | Path, out: str | Path, target: str, options: Options = 
     if options.lossy not in (None, "requantize"):
         raise InputError(f"there is no lossy way {options.lossy!r}; the one there is is called requantize")
     with open_source(model) as source:
+        if target.startswith("gguf"):
+            return _to_gguf(source, out, target, options)
         if source.quantization is None:
             raise InputError(f"{source.name} is not quantized, so there are no codes to convert; use lowbit quantize")
         check_destination(out, options.overwrite, _needed_bytes(source, target), source.folder)
@@ -86,6 +91,32 @@ def convert(model: str | Path, out: str | Path, target: str, options: Options = 
             if options.verify:
                 job.verify(folder)
     return job.result
+
+
+def _to_gguf(source: Source, out: Path, target: str, options: Options) -> Conversion:
+    """One .gguf file; exact for "gguf", rounded for the rest, which a quantized source must ask for as lossy."""
+    if out.suffix != ".gguf":
+        raise InputError(f"GGUF is one file: name it with -o {out.with_suffix('.gguf')}")
+    if out.exists() and not (options.overwrite and out.is_file()):
+        raise InputError(f"{out} exists already; choose another name, or replace it with --overwrite")
+    files = Files.open(source.folder / shard for shard in source.shards)
+    reader = reader_of(source.quantization, files) if source.quantization is not None else None
+    if reader is None and target == "gguf":
+        raise InputError(f"{source.name} is not quantized; choose how to round it: {', '.join(GGUF)}")
+    if reader is not None and target != "gguf" and options.lossy is None:
+        raise InputError(
+            f"{source.name} is quantized, and {target} rounds it again; ask for that with --lossy requantize"
+        )
+    writer = GgufWriter(source, files, reader, GGUF.get(target))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    count = writer.write(out, TOOL)
+    result = Conversion(source.name, target, warnings=[*(reader.warnings if reader else ()), *sorted(writer.fallbacks)])
+    if reader is not None:
+        result.schemes = {module: reader.read(module).weight.scheme for module in reader.modules}
+    if options.verify and target == "gguf":
+        result.verified = writer.verify(out)
+    assert count
+    return result
 
 
 def _needed_bytes(source: Source, target: str) -> int:

@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lowbit.errors import CheckpointError
+from lowbit.io.gguf_file import gguf_family
+from lowbit.io.gguf_names import MODEL_TYPES
+from lowbit.io.gguf_read import GgufFiles, empty_gguf_model
 from lowbit.io.names import Piece, disk_layout
 from lowbit.io.reading import reader_of
 from lowbit.io.source import Source, load_float, model_config, open_source
@@ -33,8 +36,16 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: torch.devic
     dtype is that of activations and of weights which are not quantized; by default the checkpoint's. Raises
     CheckpointError where files are missing, damaged, or quantized in a way that lowbit does not read.
     """
+    if Path(path).suffix == ".gguf" and gguf_family(Path(path)) in MODEL_TYPES:
+        return _load_gguf(Path(path), dtype).to(device)  # type: ignore[arg-type]
     with open_source(path) as source:
         return load_source(source, dtype).to(device)  # type: ignore[arg-type]
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    model, files, reader = empty_gguf_model(path, dtype)
+    fill(model, str(path), files, reader)
+    return model.eval()
 
 
 def load_source(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -57,7 +68,7 @@ def load_source(source: Source, dtype: torch.dtype | None = None) -> PreTrainedM
     return model.eval()
 
 
-def fill(model: PreTrainedModel, name: str, files: Files, reader: Reader) -> None:
+def fill(model: PreTrainedModel, name: str, files: Files | GgufFiles, reader: Reader) -> None:
     """Give an empty model its weights: quantized ones packed, in layers that take the place of the float ones.
 
     name is what errors call the checkpoint.
@@ -83,7 +94,7 @@ _Packed = dict[str, dict[int | None, list[_Part]]]
 """Parameter -> expert or None -> its parts by rows."""
 
 
-def _collect(model: nn.Module, source: str, files: Files, reader: Reader) -> _Packed:
+def _collect(model: nn.Module, source: str, files: Files | GgufFiles, reader: Reader) -> _Packed:
     """Copy float tensors into their parameters and collect the quantized ones."""
     parameters, packed, missing = dict(model.named_parameters()), _Packed(), []
     for name, piece in disk_layout(model).items():  # type: ignore[arg-type]
