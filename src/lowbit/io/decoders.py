@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
+from lowbit.io.compressed_tensors import quantization_config
+from lowbit.numerics.codebook import NESTED_BLOCK, dynamic_map, levels_of
+from lowbit.numerics.scheme import QuantScheme
 
 Array = NDArray[Any]
 Get = Callable[[str], Tensor]
@@ -218,12 +221,33 @@ def _bitsandbytes(get: Get, config: Mapping[str, Any], module: str) -> Decoded:
     return Decoded(w=w.reshape(state["shape"]))
 
 
+def _own(get: Get, config: Mapping[str, Any], module: str) -> Decoded:
+    """Our own names: compressed-tensors' but for nf4 and fp4, whose levels and maps are bitsandbytes'."""
+    scheme = QuantScheme.parse(config["modules"][module]["scheme"])
+    if scheme.weights.ordered:
+        raise CheckpointError(
+            f"{module} has act-order under our own names, which has no second decoder; use --no-verify"
+        )
+    if scheme.weights.format.kind != "codebook":
+        return _compressed(get, quantization_config({module: scheme}, []), module)
+    height, columns = config["modules"][module]["shape"]
+    octets, absmax = get(f"{module}.weight_packed").numpy(), numpy_of(get(f"{module}.weight_absmax"))
+    codes = np.stack((octets >> 4, octets & 15), -1).reshape(-1)[: height * columns]
+    if scheme.weights.nested:
+        nested = np.repeat(numpy_of(get(f"{module}.weight_nested_absmax")), NESTED_BLOCK)[: len(absmax)]
+        absmax = dynamic_map().numpy()[absmax] * nested + numpy_of(get(f"{module}.weight_nested_offset"))
+    levels = levels_of(scheme.weights.format.name).numpy()
+    w = levels[codes] * np.repeat(absmax, scheme.weights.group_size or 1)[: len(codes)]
+    return Decoded(w=w.reshape(height, columns))
+
+
 DECODERS: dict[str, Callable[[Get, Mapping[str, Any], str], Decoded]] = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
     "fp8": _fp8,
     "bitsandbytes": _bitsandbytes,
+    "lowbit": _own,
 }
 
 

@@ -18,6 +18,7 @@ from lowbit.errors import CheckpointError
 from lowbit.io.gguf_file import gguf_family
 from lowbit.io.gguf_names import MODEL_TYPES
 from lowbit.io.gguf_read import GgufFiles, empty_gguf_model
+from lowbit.io.hf import attach
 from lowbit.io.names import Piece, disk_layout
 from lowbit.io.reading import reader_of
 from lowbit.io.source import Source, load_float, model_config, open_source
@@ -78,6 +79,7 @@ def fill(model: PreTrainedModel, name: str, files: Files | GgufFiles, reader: Re
         packed = _collect(model, name, files, reader)
         _replace(model, packed)
     run_experts_plainly(model)
+    attach(model)
     for words in reader.warnings:
         _LOG.warning("%s: %s", name, words)
 

@@ -11,6 +11,7 @@ from lowbit.io.fp8 import Fp8Reader
 from lowbit.io.gptq import GptqReader
 from lowbit.io.llm_int8 import LlmInt8Reader
 from lowbit.io.mxfp4 import Mxfp4Reader
+from lowbit.io.own import LowbitReader
 from lowbit.io.stored import Reader
 from lowbit.io.tensorfile import Files
 
@@ -20,6 +21,7 @@ READERS: dict[str, type[Reader]] = {
     "awq": AwqReader,
     "fp8": Fp8Reader,
     "mxfp4": Mxfp4Reader,
+    "lowbit": LowbitReader,
 }
 
 

@@ -1,8 +1,8 @@
 """QuantLinear: an nn.Linear whose weight stays packed.
 
 Its buffers have the names, shapes and bytes of the checkpoint (tensors.py), so `state_dict` is the file. It is an
-`nn.Linear`, so code that looks for linear layers (PEFT, for one) finds it; `weight`, where the codes have another
-name, is a read-only view full of NaN with the right shape: merging into it can't silently do nothing.
+`nn.Linear`, so code that looks for linear layers (PEFT, for one) finds it; `weight`, whatever the codes are called, is
+a read-only view full of NaN with the right shape: merging into it can't silently do nothing.
 """
 
 from collections.abc import Callable
@@ -67,8 +67,9 @@ class QuantLinear(nn.Linear):
         return layer
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        if name == "weight" and "weight_packed" in self.__dict__.get("_buffers", ()):
-            device = self._buffers["weight_packed"].device  # type: ignore[union-attr]
+        codes = next(iter(self.__dict__["_buffers"].values()), None) if name == "weight" else None
+        if codes is not None:
+            device = codes.device
             return torch.full((1, 1), torch.nan, device=device).expand(self.out_features, self.in_features)
         return super().__getattr__(name)
 
