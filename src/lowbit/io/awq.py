@@ -57,6 +57,11 @@ class AwqReader(Reader):
         packed_zero = pack(zero.T, _BITS).T.contiguous()  # [N, G] -> [N/8, G]
         return Stored(PackedWeight(QuantScheme.parse(text + "-asym"), shape, codes, scale, packed_zero))
 
+    def describe(self, module: str) -> str:
+        size = self.config.get("group_size", self.config.get("q_group_size", -1))
+        asymmetric = self.config.get("zero_point", True) is not False
+        return "w4a16" + (f"-g{size}" if size != -1 else "") + "-asym" * asymmetric
+
     def _read_gemm(
         self, module: str, qweight: Tensor, qzeros: Tensor, scales: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:

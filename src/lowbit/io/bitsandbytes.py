@@ -94,6 +94,10 @@ class Bitsandbytes4BitReader(Reader):
         named = (f"{module}.weight", *(f"{module}.weight.{entry}" for entry in entries))
         return tuple(name for name in named if name in self.shapes)
 
+    def describe(self, module: str) -> str:
+        states = (name for name in self.names(module) if _STATE in name)
+        return str(scheme_4bit(module, {name: self.get(name) for name in states}))  # a few bytes of JSON
+
     def read(self, module: str) -> Stored:
         return Stored(parse_4bit(module, {name: self.get(name) for name in self.names(module)}))
 

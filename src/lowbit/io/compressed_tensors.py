@@ -203,6 +203,9 @@ class CompressedTensorsReader(Reader):
         weight.check(module)
         return Stored(weight, inputs)
 
+    def describe(self, module: str) -> str:
+        return str(self.schemes[module])
+
     def _inputs(self, module: str, named: dict[str, Tensor], scheme: QuantScheme) -> dict[str, Tensor]:
         """The calibrated grid, taken out of `named`; only what the scheme calls for."""
         found = {key: _one(named.pop(key)) for key in _INPUT_KEYS if key in named}

@@ -38,6 +38,9 @@ class Fp8Reader(Reader):
         end = ".weight_scale_inv"
         return dict.fromkeys(name.removesuffix(end) for name in self.shapes if name.endswith(end))
 
+    def describe(self, module: str) -> str:
+        return str(self.scheme)
+
     def read(self, module: str) -> Stored:
         named = self.tensors(module)
         need("weight" in named and named["weight"].dim() == 2, module, "it has no matrix weight")

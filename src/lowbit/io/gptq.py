@@ -80,6 +80,12 @@ class GptqReader(Reader):
         scale = scales.T.contiguous()
         return Stored(PackedWeight(scheme, (rows, inputs), codes, scale, zero, order=order))
 
+    def describe(self, module: str) -> str:
+        settings = self.settings(module)
+        size = settings.get("group_size", -1)
+        text = f"w{settings.get('bits')}a16" + (f"-g{size}" if size != -1 else "")
+        return text + "-asym" * (settings.get("sym", True) is False) + "-order" * bool(settings.get("desc_act"))
+
     def _zero(self, module: str, qzeros: Tensor, bits: int, rows: int, symmetric: bool) -> Tensor | None:
         """Our zero-points [N B / 32, G], or None where all are the middle, which a symmetric layer's are."""
         is_v2 = self.is_v2

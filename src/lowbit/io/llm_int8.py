@@ -39,6 +39,9 @@ class LlmInt8Reader(Reader):
         scale = (maxima.float() / _LARGEST).view(-1, 1)
         return Stored(PackedWeight(self.scheme(), (codes.shape[0], codes.shape[1]), codes, scale))
 
+    def describe(self, module: str) -> str:
+        return str(self.scheme())
+
     def scheme(self) -> QuantScheme:
         """int8-t6, with the threshold of the config."""
         threshold = self.config.get("llm_int8_threshold", 6.0)

@@ -25,6 +25,9 @@ class Mxfp4Reader(Reader):
         super().__init__(*arguments)
         self.experts, self.modules = self.modules, ()
 
+    def describe(self, module: str) -> str:
+        return "mxfp4a16"
+
     def read_experts(self, name: str) -> list[Stored]:
         blocks, scales = self.get(f"{name}_blocks"), self.get(f"{name}_scales")
         fits = blocks.dtype == scales.dtype == torch.uint8 and blocks.dim() == 4 and blocks.shape[3] == 16

@@ -35,6 +35,9 @@ class LowbitReader(Reader):
                 raise CheckpointError(f"{module}: {error}") from None
         self.modules = self.schemes
 
+    def describe(self, module: str) -> str:
+        return str(self.schemes[module])
+
     def read(self, module: str) -> Stored:
         named, scheme = self.tensors(module), self.schemes[module]
         inputs = {key[1:]: named.pop(key[1:]) for key in _INPUTS if key[1:] in named}

@@ -49,6 +49,10 @@ class Reader:
         """The module's weight. Raises CheckpointError where tensors are missing or don't fit each other."""
         raise CheckpointError(f"{module} is no quantized matrix of its own")
 
+    def describe(self, module: str) -> str:
+        """The scheme of a module as far as names, shapes and the config tell it, without reading a weight."""
+        return str(self.config.get("quant_method", "quantized"))
+
     def read_experts(self, name: str) -> list[Stored]:
         """The matrices of a 3-D parameter, [N, K] each. Raises CheckpointError."""
         raise CheckpointError(f"{name} is no group of quantized experts")

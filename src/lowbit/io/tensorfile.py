@@ -27,7 +27,7 @@ _DTYPES = {
     **{"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LONGEST_HEADER_BYTES = 100_000_000
 _PIECE_BYTES = 16 * 2**20
 
@@ -224,7 +224,7 @@ class TensorWriter:
 
     def _note(self, name: str, dtype: torch.dtype, shape: Sequence[int], begin: int) -> None:
         assert name not in self._header, name
-        self._header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, self._end]}
+        self._header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, self._end]}
 
     def _finish(self) -> None:
         text = json.dumps(self._header, separators=(",", ":")).encode()

@@ -67,7 +67,7 @@ class QuantLinear(nn.Linear):
         return layer
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        codes = next(iter(self.__dict__["_buffers"].values()), None) if name == "weight" else None
+        codes = next(iter(self.__dict__.get("_buffers", {}).values()), None) if name == "weight" else None
         if codes is not None:
             device = codes.device
             return torch.full((1, 1), torch.nan, device=device).expand(self.out_features, self.in_features)
