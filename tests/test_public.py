@@ -7,7 +7,9 @@ import sys
 import lowbit
 
 NAMES = {
-    "functions": ["add_lora", "compare", "convert", "evaluate", "finetune", "load", "load_lora", "merge_lora", "quantize"],
+    "functions": [
+        *("add_lora", "compare", "convert", "evaluate", "finetune", "load", "load_lora", "merge_lora", "quantize"),
+    ],
     "what they take": [
         *("Calibration", "Conditions", "Evaluation", "Finetuning", "Gates", "LowbitConfig", "QuantScheme"),
         *("Recipe", "Rule", "Tasks"),

@@ -28,7 +28,7 @@ def convert_command(
     """Write MODEL in another format, with the same codes: bit-equal by a second decoder, or an error."""
     with Bar(STDERR) as bar:
         parsed = QuantScheme.parse(scheme) if scheme else None
-        options = Options(lossy, parsed, not no_verify, None, overwrite, bar.show)
+        options = Options(lossy, parsed, not no_verify, overwrite=overwrite, progress=bar.show)
         result = convert(model, out, format, options)
     for words in result.warnings:
         STDERR.print(f"warning: {words}", markup=False, soft_wrap=True)

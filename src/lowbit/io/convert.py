@@ -42,8 +42,8 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class Options:
     """lossy: None refuses what the target can't hold, "requantize" rounds it again under `scheme` (None: the target's).
 
-    verify=False leaves the second decoding out. dtype is that of "float" (None: the model's). progress: see
-    model/quantize.py.
+    verify=False leaves the second decoding out. dtype is that of "float" (None: the model's). drop: tensors to leave
+    out. progress: see model/quantize.py.
     """
 
     lossy: str | None = None
@@ -51,6 +51,7 @@ class Options:
     verify: bool = True
     dtype: torch.dtype | None = None
     overwrite: bool = False
+    drop: frozenset[str] = frozenset()
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
@@ -155,6 +156,8 @@ class _Job:
             with TensorWriter(folder / shard, header_bound(list(file.entries))) as writer:
                 for name in sorted(file.entries, key=lambda name: file.entries[name].start):
                     owner = owners.get(name)
+                    if name in self.options.drop:
+                        continue
                     if owner is None:
                         writer.copy(name, file)
                     elif name == self.reader.names(owner)[0]:
