@@ -148,7 +148,7 @@ def _read_state(name: str, tensors: Mapping[str, Tensor]) -> dict:
     if len(keys) != 1:
         raise CheckpointError(f"{name}.weight needs one entry {prefix}nf4 or ...fp4, the checkpoint has {len(keys)}")
     try:
-        return json.loads(bytes(tensors[keys[0]].tolist()))
+        return json.loads(bytes(tensors[keys[0]].reshape(-1).tolist()))
     except ValueError as error:  # bytes that are no UTF-8 or no JSON
         raise CheckpointError(f"{keys[0]} is not a JSON text ({error})") from error
 

@@ -98,7 +98,7 @@ def parse_config(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str,
     declared = config.get("config_groups")
     if not isinstance(declared, dict) or not all(isinstance(group, dict) for group in declared.values()):
         raise CheckpointError("quantization_config has no config_groups; get a clean copy of the model")
-    groups = [([str(target) for target in group.get("targets") or ()], _scheme(group)) for group in declared.values()]
+    groups = [(_targets(group), _scheme(group)) for group in declared.values()]
     schemes = {}
     for module in modules:
         scheme = next((scheme for targets, scheme in groups if any(_matches(module, t) for t in targets)), None)
@@ -106,6 +106,11 @@ def parse_config(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str,
             raise CheckpointError(f"{module} is quantized, but no group of quantization_config names it")
         schemes[module] = scheme
     return schemes
+
+
+def _targets(group: Mapping[str, Any]) -> list[str]:
+    targets = group.get("targets")
+    return [str(target) for target in targets] if isinstance(targets, list) else []
 
 
 def _matches(module: str, target: str) -> bool:
@@ -136,8 +141,10 @@ def _tensor_scheme(arguments: Mapping[str, Any]) -> TensorScheme:
     strategy = arguments.get("strategy") or ("group" if arguments.get("group_size") else "tensor")
     number_format, size = _number_format(arguments), arguments.get("group_size")
     if strategy == "block":
-        rows, size = arguments.get("block_structure") or (None, None)
-        number_format = number_format if rows == size and number_format == FP8_E4M3 else None
+        block = arguments.get("block_structure")
+        is_square = isinstance(block, list) and len(block) == 2 and block[0] == block[1]
+        size = block[1] if isinstance(block, list) and is_square else None
+        number_format = number_format if is_square and number_format == FP8_E4M3 else None
     if strategy in ("group", "tensor_group", "block") and (type(size) is not int or size <= 0):
         number_format = None
     if number_format is None or strategy not in _STRATEGIES:
@@ -227,7 +234,7 @@ class CompressedTensorsReader(Reader):
         if "weight_shape" in named:
             stored = named["weight_shape"]
             need(stored.numel() == 2 and not stored.is_floating_point(), module, "weight_shape is no pair of sizes")
-            rows, columns = (int(size) for size in stored.tolist())
+            rows, columns = (int(size) for size in stored.reshape(-1).tolist())
         else:
             rows, columns = codes.shape[0], codes.shape[1] * 32 // scheme.weights.bits
         need(rows == codes.shape[0] and 0 < columns <= 32 * codes.shape[1], module,

@@ -86,6 +86,8 @@ def convert(model: str | Path, out: str | Path, target: str, options: Options = 
         check_destination(out, options.overwrite, _needed_bytes(source, target), source.folder)
         files = Files.open(source.folder / shard for shard in source.shards)
         reader = reader_of(source.quantization, files)
+        if not reader.modules and not reader.experts:
+            raise CheckpointError(f"{source.name} says it is quantized, but none of its tensors is; get a clean copy")
         with atomic_folder(out, options.overwrite) as folder:
             job = _Job(source, files, reader, target, options, Conversion(source.name, target))
             job.write(folder)

@@ -27,7 +27,8 @@ class Fp8Reader(Reader):
         super().__init__(*arguments)
         block = self.config.get("weight_block_size")
         scheme = self.config.get("activation_scheme", "dynamic")
-        if block is not None and not (isinstance(block, list) and len(set(block)) == 1 and _is_size(block[0])):
+        is_square = isinstance(block, list) and len(block) == 2 and all(_is_size(side) for side in block)
+        if block is not None and not (is_square and block[0] == block[1]):
             raise CheckpointError(f"lowbit reads fp8 in square blocks, not in weight_block_size {block!r}")
         if scheme not in ("dynamic", "static"):
             raise CheckpointError(f"lowbit reads fp8 with dynamic or static activations, not {scheme!r}")

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, PreTrainedModel
 
 from lowbit.errors import CheckpointError
+from lowbit.io.empty import empty_model
 from lowbit.io.gguf_blocks import Grid
 from lowbit.io.gguf_file import GgufFile
 from lowbit.io.gguf_names import config_of, heads_of, rows_from_gguf, to_transformers
@@ -134,7 +134,6 @@ def empty_gguf_model(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedM
     file = GgufFile.open(path)
     settings = config_of(file.metadata, "output.weight" in file.tensors)
     config = AutoConfig.for_model(**settings)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+    model = empty_model(config, str(path), dtype or torch.float32, len(file.tensors), path.stat().st_size)
     files = GgufFiles(file, settings)
     return model, files, GgufReader(files)

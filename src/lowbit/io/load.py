@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import GenerationConfig, PreTrainedModel
 
 from lowbit.errors import CheckpointError
+from lowbit.io.empty import empty_model
 from lowbit.io.gguf_file import gguf_family
 from lowbit.io.gguf_names import MODEL_TYPES
 from lowbit.io.gguf_read import GgufFiles, empty_gguf_model
@@ -57,8 +57,7 @@ def load_source(source: Source, dtype: torch.dtype | None = None) -> PreTrainedM
         return load_float(source, dtype)
     files = Files.open(source.folder / shard for shard in source.shards)
     reader = reader_of(source.quantization, files)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = empty_model(config, source.name, dtype, len(files.places), source.bytes)
     fill(model, source.name, files, reader)
     if surplus := files.unread():
         _LOG.warning(

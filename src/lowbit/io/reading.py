@@ -33,7 +33,7 @@ def reader_of(config: Mapping[str, Any], files: Files) -> Reader:
         if config.get("load_in_8bit") or config.get("_load_in_8bit"):
             return LlmInt8Reader(config, shapes, files.get)
         return Bitsandbytes4BitReader(config, shapes, files.get)
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         known = ", ".join([*READERS, "bitsandbytes"])
         raise CheckpointError(f"the checkpoint is quantized by {method!r}; lowbit reads {known} and GGUF")
     return READERS[method](config, shapes, files.get)

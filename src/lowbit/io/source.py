@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
@@ -122,7 +128,7 @@ def _from_gguf(path: Path, folder: Path) -> Source:
         model = AutoModelForCausalLM.from_pretrained(
             **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-    except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
+    except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, struct.error) as error:
         raise CheckpointError(f"{path} can't be read as a GGUF model ({_first(error)}); download it again") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -163,7 +169,7 @@ def tensor_names(path: Path) -> list[str]:
             return list(shard.keys())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing, though {INDEX} names it; download the model again") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
 
 
@@ -200,5 +206,5 @@ def model_config(source: Source) -> Any:
     settings.pop("quantization_config", None)
     try:
         return AutoConfig.for_model(**settings)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{source.name}: transformers does not know this model ({_first(error)})") from error
