@@ -66,11 +66,17 @@ def parse_4bit(name: str, tensors: Mapping[str, Tensor]) -> PackedWeight:
     _check_count(f"{name}.weight", codes, -(-elements // 2))
     _check_count(f"{name}.weight.absmax", absmax, blocks)
     _check_map(f"{name}.weight.quant_map", tensors, levels_of(weights.format.name))
+    if absmax.dtype != (torch.uint8 if weights.nested else torch.float32):
+        raise CheckpointError(f"{name}.weight.absmax is {absmax.dtype}, which is not what its quant_state says")
     if not weights.nested:
-        return PackedWeight(scheme, shape, codes, absmax.float())
+        return PackedWeight(scheme, shape, codes, absmax)
     nested_absmax = _entry(tensors, f"{name}.weight.nested_absmax")
     _check_count(f"{name}.weight.nested_absmax", nested_absmax, -(-blocks // NESTED_BLOCK))
+    if nested_absmax.dtype != torch.float32:
+        raise CheckpointError(f"{name}.weight.nested_absmax is {nested_absmax.dtype}, not float32")
     _check_map(f"{name}.weight.nested_quant_map", tensors, dynamic_map())
+    if not isinstance(state["nested_offset"], int | float):
+        raise CheckpointError(f"the quant_state of {name}.weight has a nested_offset that is no number")
     offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
     return PackedWeight(scheme, shape, codes, NestedAbsmax(absmax, nested_absmax, offset))
 

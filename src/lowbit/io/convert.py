@@ -1,16 +1,16 @@
 """Write a quantized checkpoint in another format: the same codes in other words, module by module, then checked.
 
 A module is read by its reader, refused or written by the target's writer, and freed; every other tensor is copied byte
-for byte. So a model is never in memory as a whole. When all shards stand, each module is decoded a second time, from
-the old files and from the new ones, by decoders that share nothing with readers and writers (decoders.py): what is not
-the same number is an error, and the folder never appears.
+for byte. So a model is never in memory as a whole. When a shard stands, each module in it is decoded a second time,
+from the old files and from the new ones, by decoders that share nothing with readers and writers (decoders.py): what is
+not the same number is an error, and the folder never appears.
 
 "float" dequantizes to a plain checkpoint. What a format can't hold is refused; `lossy="requantize"` rounds those
 weights again, to the nearest codes of the target's fallback scheme, and says which.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def convert(model: str | Path, out: str | Path, target: str, options: Options = 
             job = _Job(source, files, reader, target, options, Conversion(source.name, target))
             job.write(folder)
             if options.verify:
-                job.verify(folder)
+                job.verify_config(folder)
     return job.result
 
 
@@ -154,7 +154,7 @@ class _Job:
         weight_map: dict[str, str] = {}
         total = 0
         for shard in self.source.shards:
-            file = TensorFile.open(self.source.folder / shard)
+            file, modules = TensorFile.open(self.source.folder / shard), []
             with TensorWriter(folder / shard, header_bound(list(file.entries))) as writer:
                 for name in sorted(file.entries, key=lambda name: file.entries[name].start):
                     owner = owners.get(name)
@@ -165,7 +165,10 @@ class _Job:
                     elif name == self.reader.names(owner)[0]:
                         for key, tensor in self._module(owner).items():
                             writer.add(key, tensor)
+                        modules.append(owner)
                         self._step("converting", len(self.reader.modules) + len(self.reader.experts))
+            if self.options.verify:  # while the shard is still in the page cache
+                self._verify(folder / shard, modules)
             weight_map |= dict.fromkeys(TensorFile.open(folder / shard).entries, shard)
             total += (folder / shard).stat().st_size
         if (self.source.folder / INDEX).is_file():
@@ -233,27 +236,34 @@ class _Job:
         }
         return sorted(names | ({"lm_head"} - set(self.result.schemes)))
 
-    def verify(self, folder: Path) -> None:
-        """Decode each module of old and new files anew and compare. Raises CheckpointError at the first difference."""
-        before, after = self.source.quantization or {}, Source(str(folder), folder).quantization or {}
-        written = Files.open(folder / shard for shard in self.source.shards)
-        self.done = 0
-        for module in self.result.schemes:
-            if module in self.result.requantized:
+    def _verify(self, shard: Path, modules: Sequence[str]) -> None:
+        """Decode these modules anew from old and new files and compare. Raises CheckpointError at a difference."""
+        before, written = self.source.quantization or {}, Files.open([shard])
+        for module in modules:
+            if module in self.result.requantized or module in self.reader.experts:
                 continue
             old = decode(self.files.get, before, module)
             if self.name == FLOAT:
                 rounded = torch.from_numpy(old.weight()).to(self.dtype)
                 equal = torch.equal(rounded, written.get(f"{module}.weight"))
             else:
-                equal = same(old, decode(written.get, after, module))
+                scheme = {module: self.result.schemes[module]}
+                equal = same(old, decode(written.get, TARGETS[self.name].config(scheme, [], self.dtype), module))
             if not equal:
                 raise CheckpointError(
                     f"{module} does not decode to the same numbers from {self.name} as from the source; nothing was "
                     "written. Please report this with the checkpoint's config.json"
                 )
             self.result.verified += 1
-            self._step("verifying", len(self.result.schemes))
+
+    def verify_config(self, folder: Path) -> None:
+        """The new config must name the modules and schemes that were written. Raises CheckpointError."""
+        if self.name == FLOAT:
+            return
+        files = Files.open(folder / shard for shard in self.source.shards)
+        reader = reader_of(Source(str(folder), folder).quantization or {}, files)
+        if set(reader.modules) != set(self.result.schemes):
+            raise CheckpointError(f"the {self.name} config does not name the modules that were written; report this")
 
 
 def verdict(result: Conversion) -> dict[str, Any]:

@@ -193,7 +193,10 @@ def _arguments(config: Mapping[str, Any], module: str) -> dict[str, Any]:
     groups = list(config["config_groups"].values())
     group = next(g for g in groups if module in g["targets"] or "Linear" in g["targets"])
     form = group.get("format", config["format"])
-    return {"type": "int", **group["weights"], "format_is_packed": form == "pack-quantized"}
+    arguments = {"type": "int", **group["weights"], "format_is_packed": form == "pack-quantized"}
+    if not arguments.get("strategy"):
+        arguments["strategy"] = "group" if arguments.get("group_size") else "tensor"
+    return arguments
 
 
 def _fp8(get: Get, config: Mapping[str, Any], module: str) -> Decoded:

@@ -31,7 +31,7 @@ def empty_model(config: Any, name: str, dtype: torch.dtype, tensors: int, stored
     }
     for key, limit in limits.items():
         value = getattr(sizes, key, None)
-        if isinstance(value, int) and not 0 <= value <= limit:
+        if isinstance(value, int) and not 0 < value <= limit:
             raise CheckpointError(f"{name}: config.json says {key} = {value}, which its files can't hold")
     products = [getattr(sizes, key, None) for key in ("vocab_size", "intermediate_size")]
     hidden = getattr(sizes, "hidden_size", None)
