@@ -7,9 +7,12 @@ import sys
 import lowbit
 
 NAMES = {
-    "functions": ["add_lora", "compare", "evaluate", "finetune", "load", "load_lora", "merge_lora", "quantize"],
+    "functions": [
+        *("add_lora", "compare", "convert", "evaluate", "finetune", "load", "load_lora", "merge_lora", "quantize"),
+    ],
     "what they take": [
-        *("Calibration", "Conditions", "Evaluation", "Finetuning", "Gates", "QuantScheme", "Recipe", "Rule", "Tasks"),
+        *("Calibration", "Conditions", "Evaluation", "Finetuning", "Gates", "LowbitConfig", "QuantScheme"),
+        *("Recipe", "Rule", "Tasks"),
     ],
     "what they give": ["Finetuned", "QuantLinear", "Report", "Scores"],
     "rooms": ["optim", "qat"],

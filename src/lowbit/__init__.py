@@ -3,6 +3,8 @@
 from lowbit import qat
 from lowbit.errors import CheckpointError, GateError, InputError, LowbitError, SchemeError, TrainingError
 from lowbit.finetuning import Finetuned, Finetuning, finetune
+from lowbit.io.convert import convert
+from lowbit.io.hf import LowbitConfig, register
 from lowbit.io.load import load
 from lowbit.judge import Tasks
 from lowbit.model.recipe import Recipe
@@ -25,6 +27,7 @@ __all__ = [
     "GateError",
     "Gates",
     "InputError",
+    "LowbitConfig",
     "LowbitError",
     "QuantLinear",
     "QuantScheme",
@@ -37,6 +40,7 @@ __all__ = [
     "TrainingError",
     "add_lora",
     "compare",
+    "convert",
     "evaluate",
     "finetune",
     "load",
@@ -46,3 +50,5 @@ __all__ = [
     "qat",
     "quantize",
 ]
+
+register()  # from_pretrained knows our method id from here on

@@ -4,25 +4,27 @@
     "packed"    int32 [N, ceil(K B / 32)] (numerics/pack) integers beside 16-bit activations: w4a16, w8a16
     "int8"      int8 [N, K]                               integers beside int8 activations: w8a8, w4a8
     "fp8"       float8_e4m3fn [N, K]                      fp8
+    "pairs"     uint8 [N, K/2], even column low           nvfp4, mxfp4 (numerics/microscale.py)
     "nibbles"   uint8 [ceil(N K / 2)], first code high    nf4, fp4
 
-Names, shapes and bytes of the first three are those of a compressed-tensors checkpoint (`tensors()`), so saving is
+Names, shapes and bytes of the first four are those of a compressed-tensors checkpoint (`tensors()`), so saving is
 copying. nf4 and fp4 have no compressed-tensors form; io/bitsandbytes.py names their entries.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.numerics import affine, codebook
+from lowbit.numerics import affine, codebook, microscale
+from lowbit.numerics.formats import FP8_E4M3
 from lowbit.numerics.pack import pack, unpack, words_per_row
 from lowbit.numerics.scheme import QuantScheme, TensorScheme
 
-Storage = Literal["packed", "int8", "fp8", "nibbles"]
+Storage = Literal["packed", "int8", "fp8", "pairs", "nibbles"]
 
 
 def storage_of(scheme: QuantScheme) -> Storage:
@@ -31,7 +33,7 @@ def storage_of(scheme: QuantScheme) -> Storage:
     if weights.format.kind == "codebook":
         return "nibbles"
     if weights.format.kind == "float":
-        return "fp8"
+        return "fp8" if weights.format == FP8_E4M3 else "pairs"
     return "int8" if scheme.activations else "packed"
 
 
@@ -41,7 +43,8 @@ class PackedWeight:
 
     scale: [1], [N, 1] or [N, K/G] in the checkpoint's dtype; for nf4 and fp4 the blocks' absmax, float32 or nested.
     zero: int32 packed along N as in compressed-tensors ([ceil(N B / 32), K/G]); int8 in the shape of the scale where
-    the codes are not packed.
+    the codes are not packed. global_scale: float32 [1], nvfp4's divisor. order: int32 [K] where the scheme is ordered:
+    column j of the codes stands for input order[j].
     """
 
     scheme: QuantScheme
@@ -49,6 +52,8 @@ class PackedWeight:
     codes: Tensor
     scale: Tensor | codebook.NestedAbsmax
     zero: Tensor | None = None
+    global_scale: Tensor | None = None
+    order: Tensor | None = None
 
     @classmethod
     def from_codes(cls, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> "PackedWeight":
@@ -67,6 +72,8 @@ class PackedWeight:
         weights = scheme.weights
         if weights.format.kind == "codebook":
             return cls._from_blocks(w, scheme)
+        if storage_of(scheme) == "pairs":
+            return cls._from_groups(w, scheme)
         scale, zero = affine.choose_scale(*affine.value_range(w, weights), weights, scale_dtype)
         return cls.from_codes(affine.encode(w, scale, zero, weights), scale, zero, scheme)
 
@@ -80,14 +87,28 @@ class PackedWeight:
         rows, columns = w.shape
         return cls(scheme, (rows, columns), codebook.pack_nibbles(q, codebook.zero_code(levels)), scale)
 
+    @classmethod
+    def _from_groups(cls, w: Tensor, scheme: QuantScheme) -> "PackedWeight":
+        number_format = scheme.weights.format
+        divisor = microscale.choose_global_scale(w) if number_format.name == "nvfp4" else None
+        largest = affine.group_view(w.float(), scheme.weights).abs().amax(-1)  # [N, K] -> [N, K/G]
+        scale = microscale.choose_scale(largest, number_format, divisor)
+        codes = microscale.pack_pairs(microscale.encode(w, scale, divisor))
+        return cls(scheme, (w.shape[0], w.shape[1]), codes, scale, global_scale=divisor)
+
     @property
     def bytes(self) -> int:
         """Bytes of codes, scales and zero-points together."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def q(self) -> Tensor:
-        """The codes, unpacked: int8 (float8_e4m3fn for fp8; uint8 level numbers for nf4 and fp4) [N, K]."""
+        """The codes, unpacked: int8 (float8_e4m3fn for fp8; uint8 for the 4-bit floats and codebooks) [N, K].
+
+        Columns stand as they are stored; `order` tells which input each of them is.
+        """
         storage = storage_of(self.scheme)
+        if storage == "pairs":
+            return microscale.unpack_pairs(self.codes)
         if storage == "packed":
             return unpack(self.codes, self.scheme.weights.bits, self.shape[1])
         if storage == "nibbles":
@@ -104,7 +125,14 @@ class PackedWeight:
         """The weight [N, K] that the codes stand for; computed in float32, then rounded to dtype."""
         if isinstance(self.scale, codebook.NestedAbsmax) or storage_of(self.scheme) == "nibbles":
             return self._dequantize_blocks(dtype)
-        return affine.decode(self.q(), self.scale, self.zero_points(), self.scheme.weights).to(dtype)
+        if storage_of(self.scheme) == "pairs":
+            return microscale.decode(self.q(), self.scale, self.global_scale).to(dtype)
+        w = affine.decode(self.q(), self.scale, self.zero_points(), self.scheme.weights).to(dtype)
+        if self.order is None:
+            return w
+        ordered = torch.empty_like(w)
+        ordered[:, self.order.long()] = w
+        return ordered
 
     def _dequantize_blocks(self, dtype: torch.dtype) -> Tensor:
         weights = self.scheme.weights
@@ -124,10 +152,14 @@ class PackedWeight:
                 "weight_nested_absmax": nested.absmax,
                 "weight_nested_offset": nested.offset,
             }
-        named = {"weight_packed" if storage in ("packed", "nibbles") else "weight": self.codes}
+        named = {"weight_packed" if storage in ("packed", "pairs", "nibbles") else "weight": self.codes}
         named["weight_absmax" if storage == "nibbles" else "weight_scale"] = self.scale
         if self.zero is not None:
             named["weight_zero_point"] = self.zero
+        if self.global_scale is not None:
+            named["weight_global_scale"] = self.global_scale
+        if self.order is not None:
+            named["weight_order"] = self.order
         if storage == "packed":
             named["weight_shape"] = torch.tensor(self.shape)
         return named
@@ -146,26 +178,60 @@ class PackedWeight:
                 )
 
     def rows(self, start: int, stop: int) -> "PackedWeight":
-        """Rows start to stop as a weight of their own; not for nf4 and fp4, whose blocks may straddle rows."""
+        """Rows start to stop as a weight of their own; not for nf4 and fp4, whose blocks may straddle rows.
+
+        Raises CheckpointError where a cut goes through tiles.
+        """
         assert isinstance(self.scale, Tensor)
+        if storage_of(self.scheme) == "pairs":
+            return replace(
+                self, shape=(stop - start, self.shape[1]), codes=self.codes[start:stop], scale=self.scale[start:stop]
+            )
+        if self.scheme.weights.granularity == "tile":
+            return self._tile_rows(start, stop)
         zero = self.zero_points()
         per_row = self.scale.dim() == 2
-        return PackedWeight.from_codes(
+        cut = PackedWeight.from_codes(
             self.q()[start:stop],
             self.scale[start:stop] if per_row else self.scale,
             zero[start:stop] if zero is not None and per_row else zero,
             self.scheme,
         )
+        return replace(cut, order=self.order)
+
+    def _tile_rows(self, start: int, stop: int) -> "PackedWeight":
+        assert isinstance(self.scale, Tensor)
+        size = self.scheme.weights.group_size or 1
+        if start % size or (stop % size and stop != self.shape[0]):
+            raise CheckpointError(f"rows {start} to {stop} cut through tiles of {size} rows, which share their scale")
+        scale = self.scale[start // size : -(-stop // size)]
+        return PackedWeight(self.scheme, (stop - start, self.shape[1]), self.codes[start:stop], scale)
 
     @classmethod
     def stack(cls, parts: Sequence["PackedWeight"]) -> "PackedWeight":
-        """Weights of one scheme and K, one below the other. Raises CheckpointError where scales per tensor differ."""
+        """Weights of one scheme and K, one below the other.
+
+        Raises CheckpointError where they have no common form: other scales per tensor, other orders, cut tiles.
+        """
         if len(parts) == 1:
             return parts[0]
+        _check_stackable(parts)
+        if storage_of(parts[0].scheme) in ("pairs", "fp8") and parts[0].scheme.weights.granularity != "tensor":
+            shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+            scale = torch.cat([part.scale for part in parts])  # type: ignore[misc]
+            return replace(parts[0], shape=shape, codes=torch.cat([part.codes for part in parts]), scale=scale)
         scales = [part.scale for part in parts if isinstance(part.scale, Tensor)]
         zeros = [zero for part in parts if (zero := part.zero_points()) is not None]
         scale, zero = _stacked(scales), _stacked(zeros) if zeros else None
-        return cls.from_codes(torch.cat([part.q() for part in parts]), scale, zero, parts[0].scheme)
+        stacked = cls.from_codes(torch.cat([part.q() for part in parts]), scale, zero, parts[0].scheme)
+        return replace(stacked, order=parts[0].order)
+
+    def in_order(self) -> "PackedWeight":
+        """This weight for inputs that are sorted by `order` already; itself where it has none."""
+        if self.order is None:
+            return self
+        weights = replace(self.scheme.weights, ordered=False)
+        return replace(self, scheme=replace(self.scheme, weights=weights), order=None)
 
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> "PackedWeight":
@@ -177,7 +243,26 @@ class PackedWeight:
             )
             return cls(scheme, shape, codes, nested)
         scale = named["weight_absmax"] if "weight_absmax" in named else named["weight_scale"]
-        return cls(scheme, shape, codes, scale, named.get("weight_zero_point"))
+        zero, divisor = named.get("weight_zero_point"), named.get("weight_global_scale")
+        return cls(scheme, shape, codes, scale, zero, divisor, named.get("weight_order"))
+
+
+def _check_stackable(parts: Sequence[PackedWeight]) -> None:
+    """Raise CheckpointError unless these weights can be one."""
+    first, size = parts[0], parts[0].scheme.weights.group_size or 1
+    if any(part.scheme != first.scheme or part.shape[1] != first.shape[1] for part in parts):
+        raise CheckpointError(
+            "weights that are one in memory are quantized in different ways: "
+            + ", ".join(f"{part.scheme} {list(part.shape)}" for part in parts)
+        )
+    for mine in ("order", "global_scale"):
+        values = [getattr(part, mine) for part in parts]
+        if values[0] is not None and any(not torch.equal(value, values[0]) for value in values[1:]):
+            raise CheckpointError(f"weights that are one in memory have different {mine}s; lowbit can't join them")
+    if first.scheme.weights.granularity == "tile" and any(part.shape[0] % size for part in parts[:-1]):
+        raise CheckpointError(
+            f"weights that are one in memory end within a tile of {size} rows; lowbit can't join them"
+        )
 
 
 def _stacked(parameters: Sequence[Tensor]) -> Tensor:
@@ -198,6 +283,8 @@ def tensor_shapes(
     storage = storage_of(scheme)
     if storage == "nibbles":
         return _block_shapes(weights, rows * columns)
+    if storage == "pairs":
+        return _pair_shapes(weights, rows, columns)
     code_dtype = {"packed": torch.int32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[storage]
     width = words_per_row(columns, weights.bits) if storage == "packed" else columns
     scale_shape = _scale_shape(weights, rows, columns)
@@ -208,14 +295,28 @@ def tensor_shapes(
         packed = storage == "packed" and len(scale_shape) == 2
         zero_shape = (words_per_row(rows, weights.bits), scale_shape[-1]) if packed else scale_shape
         named["weight_zero_point"] = (zero_shape, torch.int32 if packed else torch.int8)
+    if weights.ordered:
+        named["weight_order"] = ((columns,), torch.int32)
     if storage == "packed":
         named["weight_shape"] = ((2,), torch.int64)
+    return named
+
+
+def _pair_shapes(weights: TensorScheme, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    assert weights.group_size is not None
+    named: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_packed": ((rows, columns // 2), torch.uint8)}
+    is_nv = weights.format.name == "nvfp4"
+    named["weight_scale"] = ((rows, columns // weights.group_size), torch.float8_e4m3fn if is_nv else torch.uint8)
+    if is_nv:
+        named["weight_global_scale"] = ((1,), torch.float32)
     return named
 
 
 def _scale_shape(weights: TensorScheme, rows: int, columns: int) -> tuple[int, ...]:
     if weights.granularity == "tensor":
         return (1,)
+    if weights.granularity == "tile":
+        return (-(-rows // (weights.group_size or 1)), -(-columns // (weights.group_size or 1)))
     return (rows, columns // weights.group_size if weights.group_size else 1)
 
 

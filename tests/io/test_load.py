@@ -166,7 +166,8 @@ def test_half_an_expert_is_refused(part: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'; lowbit reads compressed-tensors and bitsandbytes"),
+        ({"quant_method": "hqq", "nbits": 4}, "quantized by 'hqq'; lowbit reads compressed-tensors, gptq, awq"),
+        ({"quant_method": "gptq", "bits": 4}, r"lacks 21 tensors, the first is model\.layers\.0"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "no group of quantization_config names it"),
         ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": None}}}, "config_groups"),
         (
@@ -184,7 +185,7 @@ def test_half_an_expert_is_refused(part: str, tmp_path: Path) -> None:
             "the checkpoint is damaged or its config describes another one",
         ),
     ],
-    ids=["method", "no groups", "no weights", "4-bit floats", "other bits"],
+    ids=["method", "other method", "no groups", "no weights", "4-bit floats", "other bits"],
 )
 def test_a_config_that_does_not_fit_is_refused(config: dict[str, object], message: str, damaged: Path) -> None:
     rewrite_config(damaged, quantization_config=config)

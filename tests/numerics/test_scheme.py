@@ -77,3 +77,21 @@ def test_an_odd_width_still_has_a_way_out() -> None:
 @pytest.mark.parametrize("text", ["w4a16-g64", "w8a16", "w8a8", "w4a16-tensor", "nf4-b64", "fp8"])
 def test_a_width_that_every_scheme_divides_is_accepted(text: str) -> None:
     check_fits(QuantScheme.parse(text).weights, 576, "layer")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("fp8", "fp8a16", "fp8-tensor", "fp8-tensor-static", "fp8-static", "fp8-tile128", "fp8a16-tile64"),
+        *("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "int8-t6", "int8-t0", "int8-t2.5"),
+        *("w4a16-g128-order", "w3a16-g32-asym-order"),
+    ],
+)
+def test_schemes_of_foreign_checkpoints_are_text_and_back(text: str) -> None:
+    assert str(QuantScheme.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["w4a16-order", "w8a8-g32-order", "fp8a16-static", "nvfp4-g16", "int8-t-1"])
+def test_schemes_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(SchemeError):
+        QuantScheme.parse(text)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, InputError
+from lowbit.io.stored import Reader, Stored
 from lowbit.numerics.codebook import NESTED_BLOCK, NestedAbsmax, dynamic_map, levels_of
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
@@ -65,11 +66,17 @@ def parse_4bit(name: str, tensors: Mapping[str, Tensor]) -> PackedWeight:
     _check_count(f"{name}.weight", codes, -(-elements // 2))
     _check_count(f"{name}.weight.absmax", absmax, blocks)
     _check_map(f"{name}.weight.quant_map", tensors, levels_of(weights.format.name))
+    if absmax.dtype != (torch.uint8 if weights.nested else torch.float32):
+        raise CheckpointError(f"{name}.weight.absmax is {absmax.dtype}, which is not what its quant_state says")
     if not weights.nested:
-        return PackedWeight(scheme, shape, codes, absmax.float())
+        return PackedWeight(scheme, shape, codes, absmax)
     nested_absmax = _entry(tensors, f"{name}.weight.nested_absmax")
     _check_count(f"{name}.weight.nested_absmax", nested_absmax, -(-blocks // NESTED_BLOCK))
+    if nested_absmax.dtype != torch.float32:
+        raise CheckpointError(f"{name}.weight.nested_absmax is {nested_absmax.dtype}, not float32")
     _check_map(f"{name}.weight.nested_quant_map", tensors, dynamic_map())
+    if not isinstance(state["nested_offset"], int | float):
+        raise CheckpointError(f"the quant_state of {name}.weight has a nested_offset that is no number")
     offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
     return PackedWeight(scheme, shape, codes, NestedAbsmax(absmax, nested_absmax, offset))
 
@@ -77,6 +84,28 @@ def parse_4bit(name: str, tensors: Mapping[str, Tensor]) -> PackedWeight:
 def scheme_4bit(name: str, tensors: Mapping[str, Tensor]) -> QuantScheme:
     """The scheme of layer `name`, out of its quant_state entry alone. Raises CheckpointError as `parse_4bit` does."""
     return _scheme_and_shape(name, _read_state(name, tensors))[0]
+
+
+class Bitsandbytes4BitReader(Reader):
+    """Reads nf4 and fp4 with any quant_storage, plain or double quantized."""
+
+    endings = (".weight",)
+
+    def _modules(self) -> dict[str, None]:
+        end = ".weight.absmax"
+        return dict.fromkeys(name.removesuffix(end) for name in self.shapes if name.endswith(end))
+
+    def names(self, module: str) -> tuple[str, ...]:
+        entries = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{_STATE}nf4", f"{_STATE}fp4")
+        named = (f"{module}.weight", *(f"{module}.weight.{entry}" for entry in entries))
+        return tuple(name for name in named if name in self.shapes)
+
+    def describe(self, module: str) -> str:
+        states = (name for name in self.names(module) if _STATE in name)
+        return str(scheme_4bit(module, {name: self.get(name) for name in states}))  # a few bytes of JSON
+
+    def read(self, module: str) -> Stored:
+        return Stored(parse_4bit(module, {name: self.get(name) for name in self.names(module)}))
 
 
 def config_4bit(scheme: QuantScheme, dtype: torch.dtype, skip: Sequence[str]) -> dict[str, object]:
@@ -125,7 +154,7 @@ def _read_state(name: str, tensors: Mapping[str, Tensor]) -> dict:
     if len(keys) != 1:
         raise CheckpointError(f"{name}.weight needs one entry {prefix}nf4 or ...fp4, the checkpoint has {len(keys)}")
     try:
-        return json.loads(bytes(tensors[keys[0]].tolist()))
+        return json.loads(bytes(tensors[keys[0]].reshape(-1).tolist()))
     except ValueError as error:  # bytes that are no UTF-8 or no JSON
         raise CheckpointError(f"{keys[0]} is not a JSON text ({error})") from error
 

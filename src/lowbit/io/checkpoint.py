@@ -25,7 +25,10 @@ from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme
 
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-_REWRITTEN = {"config.json", INDEX, "README.md", "report.json", "report.html"}
+_REWRITTEN = {
+    *("config.json", INDEX, "README.md", "report.json", "report.html"),
+    *("quantize_config.json", "quant_config.json"),  # how AutoGPTQ and AutoAWQ say it a second time
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def write_checkpoint(
         shutil.copymode(source.folder / shard, folder / shard)  # safetensors makes files that only their owner reads
     assert not stored, f"quantized, but not found in the source's files: {sorted(stored)[:3]}"
     _write_index(source, folder, weight_map, total_bytes)
-    _copy_files(source, folder)
+    copy_files(source, folder)
     config = source.config | {"quantization_config": _config(model, layout, dtype)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -123,7 +126,8 @@ def _write_index(source: Source, folder: Path, weight_map: dict[str, str], total
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_files(source: Source, folder: Path) -> None:
+def copy_files(source: Source, folder: Path) -> None:
+    """Copy tokenizer, generation_config and whatever else is neither weights nor written anew."""
     for path in sorted(source.folder.iterdir()):
         if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _REWRITTEN:
             shutil.copyfile(path, folder / path.name)

@@ -4,22 +4,43 @@ The smallest dictionary is written: readers of other versions refuse keys they d
 targets "Linear", with everything else in `ignore`; several schemes are groups that name their modules. The tensors
 themselves need no writer: PackedWeight keeps them as this format does (tensors.py).
 
-    format            weights                      tensors beside weight_scale
-    pack-quantized    integers, a16                weight_packed, weight_shape, weight_zero_point packed along N
-    int-quantized     integers, a8                 weight, weight_zero_point, input_scale, input_zero_point
-    float-quantized   fp8                          weight
+    format                 weights          tensors beside weight_scale
+    pack-quantized         integers, a16    weight_packed, weight_shape, weight_zero_point packed along N
+    int-quantized          integers, a8     weight, weight_zero_point, input_scale, input_zero_point
+    float-quantized        fp8              weight, input_scale
+    nvfp4-pack-quantized   nvfp4            weight_packed, weight_global_scale, input_global_scale
+    mxfp4-pack-quantized   mxfp4            weight_packed
+
+The reader also takes what older versions wrote and 0.20 no longer reads, or misreads: 3, 5, 6 and 7 bits in whole codes
+a word (before 0.17; told by the width of the rows, and 88 to 99 % of the values would be wrong), and groups that follow
+weight_g_idx (before 0.20).
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from lowbit.errors import CheckpointError
-from lowbit.numerics.formats import FP8_E4M3, INT_BITS, int_format
-from lowbit.numerics.scheme import Granularity, QuantScheme, TensorScheme
-from lowbit.tensors import storage_of
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, SchemeError
+from lowbit.io.stored import Reader, Stored, need
+from lowbit.numerics.formats import FP8_E4M3, INT_BITS, MXFP4, NVFP4, NumberFormat, int_format
+from lowbit.numerics.pack import pack, unpack, words_per_row
+from lowbit.numerics.scheme import QuantScheme, TensorScheme
+from lowbit.tensors import PackedWeight, storage_of
 
 FORMATS = {"packed": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
+_FP4_FORMATS = {NVFP4: "nvfp4-pack-quantized", MXFP4: "mxfp4-pack-quantized"}
+_WEIGHT_KEYS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx")
+_INPUT_KEYS = ("input_scale", "input_zero_point", "input_global_scale")
+_STRATEGIES = ("tensor", "channel", "group", "token", "block", "tensor_group")
+
+
+def format_of(scheme: QuantScheme) -> str:
+    """compressed-tensors' name for how a weight under `scheme` is stored."""
+    return _FP4_FORMATS.get(scheme.weights.format) or FORMATS[storage_of(scheme)]
 
 
 def quantization_config(schemes: Mapping[str, QuantScheme], ignore: Iterable[str]) -> dict[str, Any]:
@@ -34,11 +55,11 @@ def quantization_config(schemes: Mapping[str, QuantScheme], ignore: Iterable[str
         if scheme.activations is not None:
             group["input_activations"] = _arguments(scheme.activations)
         if not single:
-            group["format"] = FORMATS[storage_of(scheme)]
+            group["format"] = format_of(scheme)
         groups[f"group_{index}"] = group
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMATS[storage_of(next(iter(by_scheme)))] if single else "mixed-precision",
+        "format": format_of(next(iter(by_scheme))) if single else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(ignore),
@@ -46,25 +67,38 @@ def quantization_config(schemes: Mapping[str, QuantScheme], ignore: Iterable[str
 
 
 def _arguments(scheme: TensorScheme) -> dict[str, Any]:
-    arguments = {
+    arguments: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": scheme.format.kind,
         "symmetric": scheme.symmetric,
-        "strategy": scheme.granularity,
-        "dynamic": scheme.dynamic,
+        "strategy": "tensor_group" if scheme.format == NVFP4 else scheme.granularity,
+        "dynamic": "local" if scheme.format == NVFP4 and scheme.dynamic else scheme.dynamic,
     }
+    if scheme.granularity == "tile":
+        return arguments | {"strategy": "block", "block_structure": [scheme.group_size, scheme.group_size]}
+    if scheme.format in (NVFP4, MXFP4):
+        arguments["scale_dtype"] = "torch.float8_e4m3fn" if scheme.format == NVFP4 else "torch.uint8"
     return arguments | ({"group_size": scheme.group_size} if scheme.group_size else {})
+
+
+def refusal(scheme: QuantScheme) -> str | None:
+    """Why compressed-tensors can't hold codes under `scheme`, or None."""
+    weights, activations = scheme.weights, scheme.activations
+    if weights.format.kind == "codebook":
+        return f"compressed-tensors has no form for {scheme}; write bitsandbytes"
+    if weights.ordered:
+        return "compressed-tensors 0.20 refuses groups that follow an order (act-order)"
+    if activations is not None and activations.outlier is not None:
+        return "compressed-tensors has no outlier columns (LLM.int8())"
+    return None
 
 
 def parse_config(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, QuantScheme]:
     """The scheme of each quantized disk module under `config`. Raises CheckpointError for what lowbit can't read."""
-    try:
-        groups = [
-            ([str(target) for target in group["targets"]], _scheme(group))
-            for group in config.get("config_groups", {}).values()
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"config_groups of quantization_config can't be read ({error!r})") from error
+    declared = config.get("config_groups")
+    if not isinstance(declared, dict) or not all(isinstance(group, dict) for group in declared.values()):
+        raise CheckpointError("quantization_config has no config_groups; get a clean copy of the model")
+    groups = [(_targets(group), _scheme(group)) for group in declared.values()]
     schemes = {}
     for module in modules:
         scheme = next((scheme for targets, scheme in groups if any(_matches(module, t) for t in targets)), None)
@@ -74,27 +108,207 @@ def parse_config(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str,
     return schemes
 
 
+def _targets(group: Mapping[str, Any]) -> list[str]:
+    targets = group.get("targets")
+    return [str(target) for target in targets] if isinstance(targets, list) else []
+
+
 def _matches(module: str, target: str) -> bool:
-    if target.startswith("re:"):
+    if not target.startswith("re:"):
+        return target in ("Linear", module)
+    try:
         return re.match(target[3:], module) is not None
-    return target in ("Linear", module)
+    except re.error as error:
+        raise CheckpointError(f"quantization_config has the target {target!r}: {error}") from None
 
 
 def _scheme(group: Mapping[str, Any]) -> QuantScheme:
-    activations = group.get("input_activations")
-    return QuantScheme(_tensor_scheme(group["weights"]), _tensor_scheme(activations) if activations else None)
+    weights, activations = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, dict) or not isinstance(activations, dict | None):
+        raise CheckpointError(
+            "one of config_groups in quantization_config has no weights, and lowbit reads nothing else"
+        )
+    scheme = QuantScheme(_tensor_scheme(weights), _tensor_scheme(activations) if activations else None)
+    try:
+        if QuantScheme.parse(str(scheme)) == scheme:
+            return scheme
+    except SchemeError:
+        pass
+    raise CheckpointError(f"lowbit has no scheme for weights of {weights} beside activations of {activations}")
 
 
 def _tensor_scheme(arguments: Mapping[str, Any]) -> TensorScheme:
-    kind, bits = arguments.get("type", "int"), arguments["num_bits"]
-    granularity: Granularity = arguments.get("strategy") or ("group" if arguments.get("group_size") else "tensor")
-    known = (kind == "int" and bits in INT_BITS) or (kind == "float" and bits == 8)
-    if not known or granularity not in ("tensor", "channel", "group", "token") or arguments.get("actorder") == "group":
+    strategy = arguments.get("strategy") or ("group" if arguments.get("group_size") else "tensor")
+    number_format, size = _number_format(arguments), arguments.get("group_size")
+    if strategy == "block":
+        block = arguments.get("block_structure")
+        is_square = isinstance(block, list) and len(block) == 2 and block[0] == block[1]
+        size = block[1] if isinstance(block, list) and is_square else None
+        number_format = number_format if is_square and number_format == FP8_E4M3 else None
+    if strategy in ("group", "tensor_group", "block") and (type(size) is not int or size <= 0):
+        number_format = None
+    if number_format is None or strategy not in _STRATEGIES:
         raise CheckpointError(f"lowbit does not read compressed-tensors weights of {dict(arguments)}")
+    granularity: Any = {"tensor_group": "group", "block": "tile"}.get(strategy, strategy)
     return TensorScheme(
-        int_format(bits) if kind == "int" else FP8_E4M3,
+        number_format,
         granularity,
-        arguments.get("symmetric", True),
-        arguments.get("group_size") if granularity == "group" else None,
+        arguments.get("symmetric") is not False,
+        size if granularity in ("group", "tile") else None,
         bool(arguments.get("dynamic", False)),
+        ordered=arguments.get("actorder") in ("group", "dynamic", True),
     )
+
+
+def _number_format(arguments: Mapping[str, Any]) -> NumberFormat | None:
+    kind, bits, size = arguments.get("type", "int"), arguments.get("num_bits"), arguments.get("group_size")
+    if kind == "int" and type(bits) is int and bits in INT_BITS:
+        return int_format(bits)
+    if kind == "float" and bits == 8:
+        return FP8_E4M3
+    if kind == "float" and bits == 4:
+        return {16: NVFP4, 32: MXFP4}.get(size)  # type: ignore[arg-type]
+    return None
+
+
+class CompressedTensorsReader(Reader):
+    """Reads every format of the table above."""
+
+    endings = (".weight_packed", ".weight", *(f".{key}" for key in (*_WEIGHT_KEYS, *_INPUT_KEYS)))
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        sparsity = self.config.get("sparsity_config") or {}
+        if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+            raise CheckpointError(f"lowbit does not read compressed-tensors' sparse format {sparsity['format']!r}")
+        if isinstance(transform := self.config.get("transform_config") or {}, dict) and transform.get("config_groups"):
+            raise CheckpointError("the checkpoint needs rotations at run time (transform_config), which lowbit lacks")
+        self.schemes = parse_config(self.config, self.modules)
+
+    def _modules(self) -> Iterable[str]:  # type: ignore[override]
+        ends = (".weight_packed", ".weight_scale")
+        return dict.fromkeys(name.removesuffix(end) for name in self.shapes for end in ends if name.endswith(end))
+
+    def read(self, module: str) -> Stored:
+        named, scheme = self.tensors(module), self.schemes[module]
+        inputs = self._inputs(module, named, scheme)
+        if "weight_packed" in named:
+            named.pop("weight", None)
+        codes = named.get("weight_packed", named.get("weight"))
+        need(codes is not None and codes.dim() == 2, f"{module}.weight_packed", "it is missing or no matrix")
+        assert codes is not None
+        need("weight_scale" in named, f"{module}.weight_scale", "it is missing")
+        shape = self._shape(module, named, codes, scheme)
+        if scheme.weights.granularity == "tensor":
+            named = {key: _one(value) if key != "weight_packed" and key != "weight" else value
+                     for key, value in named.items()}  # fmt: skip
+        named = self._as_ours(module, named, codes, scheme, shape)
+        weight = PackedWeight.from_tensors(named, scheme, shape)
+        order = named.get("weight_order")
+        if scheme.weights.ordered and order is None:  # the file has no g_idx: nothing was reordered
+            weight = replace(weight, scheme=replace(scheme, weights=replace(scheme.weights, ordered=False)))
+        weight.check(module)
+        return Stored(weight, inputs)
+
+    def describe(self, module: str) -> str:
+        return str(self.schemes[module])
+
+    def _inputs(self, module: str, named: dict[str, Tensor], scheme: QuantScheme) -> dict[str, Tensor]:
+        """The calibrated grid, taken out of `named`; only what the scheme calls for."""
+        found = {key: _one(named.pop(key)) for key in _INPUT_KEYS if key in named}
+        activations = scheme.activations
+        if activations is None:
+            return {}
+        if activations.format == NVFP4:
+            return {key: value for key, value in found.items() if key == "input_global_scale"}
+        keys = () if activations.dynamic else _INPUT_KEYS[:1] if activations.symmetric else _INPUT_KEYS[:2]
+        for key in keys:
+            need(key in found, f"{module}.{key}", "it is missing, and quantization_config asks for it")
+        return {key: found[key].to(torch.int8) if key == "input_zero_point" else found[key] for key in keys}
+
+    def _shape(self, module: str, named: dict[str, Tensor], codes: Tensor, scheme: QuantScheme) -> tuple[int, int]:
+        if "weight_packed" not in named:
+            return codes.shape[0], codes.shape[1]
+        if codes.dtype == torch.uint8:
+            return codes.shape[0], 2 * codes.shape[1]
+        if "weight_shape" in named:
+            stored = named["weight_shape"]
+            need(stored.numel() == 2 and not stored.is_floating_point(), module, "weight_shape is no pair of sizes")
+            rows, columns = (int(size) for size in stored.reshape(-1).tolist())
+        else:
+            rows, columns = codes.shape[0], codes.shape[1] * 32 // scheme.weights.bits
+        need(rows == codes.shape[0] and 0 < columns <= 32 * codes.shape[1], module,
+             f"weight_shape [{rows}, {columns}] is not that of weight_packed {list(codes.shape)}")  # fmt: skip
+        return rows, columns
+
+    def _as_ours(
+        self, module: str, named: dict[str, Tensor], codes: Tensor, scheme: QuantScheme, shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """The tensors as PackedWeight keeps them: codes packed where activations are not, or the other way round."""
+        bits, storage = scheme.weights.bits, storage_of(scheme)
+        if storage == "packed" and "weight_packed" not in named:
+            need(codes.dtype == torch.int8, module, f"weight is {codes.dtype}, not int8")
+            named["weight_packed"] = pack(named.pop("weight"), bits)
+            if "weight_zero_point" in named and named["weight_zero_point"].dim() == 2:
+                named["weight_zero_point"] = pack(named["weight_zero_point"].to(torch.int8).T, bits).T.contiguous()
+        elif codes.dtype == torch.int32 and "weight_packed" in named:
+            named = self._repacked(module, named, bits, shape)
+            if storage == "int8":
+                named["weight"] = unpack(named.pop("weight_packed"), bits, shape[1]).contiguous()
+                if "weight_zero_point" in named and named["weight_zero_point"].dim() == 2:
+                    named["weight_zero_point"] = unpack(named["weight_zero_point"].T, bits, shape[0]).T.contiguous()
+        if storage == "packed":
+            named["weight_shape"] = torch.tensor(shape)
+        else:
+            named.pop("weight_shape", None)
+        if storage == "int8" and "weight_zero_point" in named:
+            named["weight_zero_point"] = named["weight_zero_point"].to(torch.int8)
+        if scheme.weights.symmetric:
+            named.pop("weight_zero_point", None)
+        if (g_idx := named.pop("weight_g_idx", None)) is not None and scheme.weights.ordered:
+            named = self._ordered(module, named, g_idx, scheme, shape)
+        return named
+
+    def _repacked(self, module: str, named: dict[str, Tensor], bits: int, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Codes and zero-points in dense words, where they were packed whole codes a word (before 0.17)."""
+        (rows, columns), per_word = shape, 32 // bits
+        codes, zero = named["weight_packed"], named.get("weight_zero_point")
+        if codes.shape[1] == words_per_row(columns, bits):
+            return named
+        if codes.shape[1] != -(-columns // per_word):
+            raise CheckpointError(
+                f"{module}.weight_packed is {codes.dtype} {list(codes.shape)}, which packs no {rows} x {columns} of "
+                f"{bits} bits; the checkpoint is damaged or its config describes another one"
+            )
+        self.say(f"{bits}-bit codes are packed as before compressed-tensors 0.17, whose successors misread them")
+        named = named | {"weight_packed": pack(_whole_codes(codes, bits, columns), bits)}
+        if zero is not None and zero.shape[0] == -(-rows // per_word):
+            dense = pack(_whole_codes(zero.T.contiguous(), bits, rows), bits)
+            named["weight_zero_point"] = dense.T.contiguous()
+        return named
+
+    def _ordered(
+        self, module: str, named: dict[str, Tensor], g_idx: Tensor, scheme: QuantScheme, shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Columns sorted by group, with their inputs; where g_idx orders nothing, as they are."""
+        bits, size = scheme.weights.bits, scheme.weights.group_size or shape[1]
+        place = torch.arange(shape[1]) // size
+        need(tuple(g_idx.shape) == (shape[1],), module, f"weight_g_idx {list(g_idx.shape)} is not [{shape[1]}]")
+        if torch.equal(g_idx.long(), place):
+            return named
+        order = torch.argsort(g_idx.long(), stable=True)
+        need(torch.equal(g_idx.long()[order], place), module, f"weight_g_idx does not put {size} inputs in each group")
+        sorted_codes = pack(unpack(named["weight_packed"], bits, shape[1])[:, order], bits)
+        return named | {"weight_packed": sorted_codes, "weight_order": order.to(torch.int32)}
+
+
+def _one(value: Tensor) -> Tensor:
+    """A lone number as [1]."""
+    return value.reshape(1) if value.numel() == 1 else value
+
+
+def _whole_codes(words: Tensor, bits: int, count: int) -> Tensor:
+    """int32 [..., W] of 32 // bits whole codes each -> codes int8 [..., count]."""
+    shifts = torch.arange(0, 32 // bits, dtype=torch.int32) * bits
+    fields = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)  # [..., W, 32 // bits]
+    return (fields - 2 ** (bits - 1)).to(torch.int8).flatten(-2)[..., :count].contiguous()

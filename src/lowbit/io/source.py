@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
@@ -35,7 +41,7 @@ class Source:
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """The safetensors files of the model, in order."""
+        """The safetensors files of the model, in order. Raises CheckpointError for an index that leaves the folder."""
         index = self.folder / INDEX
         if index.is_file():
             return _shards_of(index)
@@ -52,8 +58,17 @@ class Source:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The quantization_config of config.json, if it has one."""
-        return self.config.get("quantization_config")
+        """The quantization_config: of config.json, or of the file beside it that AutoGPTQ and AutoAWQ write."""
+        config = self.config
+        found = config.get("quantization_config") or config.get("compression_config")
+        for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+            if not found and (self.folder / name).is_file():
+                beside = read_json(self.folder / name)
+                if {"bits", "w_bit"} & beside.keys():
+                    found = {"quant_method": method} | beside
+        if found is not None and not isinstance(found, dict):
+            raise CheckpointError(f"{self.folder / 'config.json'} has a quantization_config that is no object")
+        return found
 
 
 def _shards_of(index: Path) -> tuple[str, ...]:
@@ -113,7 +128,7 @@ def _from_gguf(path: Path, folder: Path) -> Source:
         model = AutoModelForCausalLM.from_pretrained(
             **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-    except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
+    except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, struct.error) as error:
         raise CheckpointError(f"{path} can't be read as a GGUF model ({_first(error)}); download it again") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -154,7 +169,7 @@ def tensor_names(path: Path) -> list[str]:
             return list(shard.keys())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing, though {INDEX} names it; download the model again") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
 
 
@@ -191,5 +206,5 @@ def model_config(source: Source) -> Any:
     settings.pop("quantization_config", None)
     try:
         return AutoConfig.for_model(**settings)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{source.name}: transformers does not know this model ({_first(error)})") from error

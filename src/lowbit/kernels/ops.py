@@ -38,10 +38,13 @@ def _quantized_linear(
     named = dict(zip(names, tensors, strict=True))
     weight = PackedWeight.from_tensors(named, parsed, (out_features, in_features))
     rows = x.reshape(-1, in_features)  # [..., K] -> [M, K]
+    if weight.order is not None:
+        rows, weight = rows.index_select(1, weight.order), weight.in_order()
     if parsed.activations is None:
         y = pick("wna16_linear", rows, weight).run(rows, weight, bias)
     else:
-        y = pick("wa8_linear", rows, weight).run(rows, weight, bias, input_scale, input_zero)
+        op = "wa8_linear" if parsed.activations.outlier is None else "int8_outlier_linear"
+        y = pick(op, rows, weight).run(rows, weight, bias, input_scale, input_zero)
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])  # not a view: callers add to it in place
 
 

@@ -1,9 +1,13 @@
 """Every op in plain torch: what it means, the oracle of the tests, and the candidate that runs anywhere.
 
     wna16    y = x decode(W)^T + b                        the product in x's dtype
-    wa8      y = decode(encode(x)) decode(W)^T + b        activations quantized per token or per tensor first
+    wa8      y = decode(encode(x)) decode(W)^T + b        activations quantized per token, group or tensor first
 
 Both are what a compressed-tensors reader computes on the decompressed weights, to the last bit in float32.
+
+    int8_outlier    y = x_O W_O^T + s_m s_n (sum over k not in O of qx_mk qw_nk) + b
+
+LLM.int8() (arXiv:2208.07339, section 3.2): O are the columns with max_m |x_mk| >= threshold, multiplied in x's dtype.
 """
 
 from collections.abc import Iterator
@@ -12,11 +16,14 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-from lowbit.numerics.affine import choose_scale, decode, encode, value_range
+from lowbit.numerics import microscale
+from lowbit.numerics.affine import choose_scale, decode, encode, group_view, value_range
 from lowbit.numerics.scheme import TensorScheme
 from lowbit.tensors import PackedWeight
+
+_INT8_LARGEST = 127.0
 
 
 def activation_scale(
@@ -67,9 +74,59 @@ def wa8_linear(
     """x [M, K] quantized to 8 bits and back, times the dequantized weight [N, K], transposed: [M, N] in x's dtype."""
     scheme = weight.scheme.activations
     assert scheme is not None
-    scale, zero = activation_scale(x, scheme, static_scale, static_zero)
-    rounded = decode(encode(x, scale, zero, scheme), scale, zero, scheme)
+    if scheme.format.bits == 4:
+        rounded = _round_to_pairs(x, scheme, static_scale)
+    else:
+        columns = x.shape[1]
+        if scheme.granularity == "group" and columns % (scheme.group_size or 1):  # the last tile may be narrower
+            x = pad(x, (0, -columns % (scheme.group_size or 1)))
+        scale, zero = activation_scale(x, scheme, static_scale, static_zero)
+        rounded = decode(encode(x, scale, zero, scheme), scale, zero, scheme)[:, :columns]
     return linear(rounded.to(x.dtype), _decoded(weight, x.dtype), bias)
+
+
+def _round_to_pairs(x: Tensor, scheme: TensorScheme, global_scale: Tensor | None) -> Tensor:
+    """x [M, K] after a trip through nvfp4 (under the calibrated global_scale, or that of x) or mxfp4: float32."""
+    if scheme.format.name == "nvfp4" and global_scale is None:
+        global_scale = microscale.choose_global_scale(x)
+    largest = group_view(x.float(), scheme).abs().amax(-1)  # [M, K] -> [M, K/G]
+    scale = microscale.choose_scale(largest, scheme.format, global_scale)
+    return microscale.decode(microscale.encode(x, scale, global_scale), scale, global_scale)
+
+
+def int8_outlier_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    static_scale: Tensor | None = None,
+    static_zero: Tensor | None = None,
+) -> Tensor:
+    """x [M, K] times int8 weights [N, K], transposed, with x's outlying columns in x's own dtype: [M, N].
+
+    A token's scale is the largest magnitude among what stays, over 127. Codes are those of bitsandbytes, which rounds x
+    to float16 first: without that, one code in twenty differs by one.
+    """
+    activations = weight.scheme.activations
+    assert activations is not None
+    assert activations.outlier is not None
+    assert isinstance(weight.scale, Tensor)
+    bound = torch.finfo(torch.float16).max
+    half = x.clamp(-bound, bound).to(torch.float16)
+    is_outlier = half.abs() >= activations.outlier if activations.outlier > 0 else torch.zeros_like(x, dtype=torch.bool)
+    columns = is_outlier.any(0)  # [K]
+    inliers = half.float().masked_fill(is_outlier, 0)
+    largest = inliers.abs().amax(-1, keepdim=True)  # [M, 1]
+    q = (inliers * (_INT8_LARGEST / largest)).nan_to_num(0).round().to(torch.int8)
+    q = q.masked_fill(columns, 0)
+    product = int8_product(q, weight.codes).float()
+    y = product * (largest / _INT8_LARGEST) * weight.scale.float().reshape(1, -1)
+    if bias is not None:
+        y = y + bias.float()
+    y = y.to(x.dtype)
+    if not columns.any():
+        return y
+    kept = columns.nonzero().squeeze(1)
+    return torch.addmm(y, x[:, kept], weight.dequantize(x.dtype)[:, kept].T)
 
 
 def int8_product(q: Tensor, codes: Tensor) -> Tensor:

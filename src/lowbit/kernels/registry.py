@@ -43,6 +43,7 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         Candidate("llm_int8", int8_linear.outlier_linear, int8_linear.outlier_refusal),  # by name
         Candidate("reference", reference.wa8_linear, _runs_anywhere),
     ),
+    "int8_outlier_linear": (Candidate("reference", reference.int8_outlier_linear, _runs_anywhere),),
 }
 
 _forced: ContextVar[str | None] = ContextVar("lowbit_kernel", default=None)

@@ -1,8 +1,8 @@
 """QuantLinear: an nn.Linear whose weight stays packed.
 
 Its buffers have the names, shapes and bytes of the checkpoint (tensors.py), so `state_dict` is the file. It is an
-`nn.Linear`, so code that looks for linear layers (PEFT, for one) finds it; `weight`, where the codes have another
-name, is a read-only view full of NaN with the right shape: merging into it can't silently do nothing.
+`nn.Linear`, so code that looks for linear layers (PEFT, for one) finds it; `weight`, whatever the codes are called, is
+a read-only view full of NaN with the right shape: merging into it can't silently do nothing.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,10 @@ class QuantLinear(nn.Linear):
         input_scale: Tensor | None = None,
         input_zero: Tensor | None = None,
     ) -> "QuantLinear":
-        """The layer that holds `packed` (not copied), with a static activation grid where the scheme has one."""
+        """The layer that holds `packed` (not copied), with a static activation grid where the scheme has one.
+
+        For nvfp4 input_scale is the calibrated divisor of all activations, kept as `input_global_scale`.
+        """
         rows, columns = packed.shape
         layer = cls(columns, rows, packed.scheme, bias is not None, device="meta")
         for name, tensor in packed.tensors().items():
@@ -57,14 +60,16 @@ class QuantLinear(nn.Linear):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         if input_scale is not None:
-            layer.register_buffer("input_scale", input_scale)
+            is_nvfp4 = packed.scheme.weights.format.name == "nvfp4"
+            layer.register_buffer("input_global_scale" if is_nvfp4 else "input_scale", input_scale)
         if input_zero is not None:
             layer.register_buffer("input_zero_point", input_zero)
         return layer
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        if name == "weight" and "weight_packed" in self.__dict__.get("_buffers", ()):
-            device = self._buffers["weight_packed"].device  # type: ignore[union-attr]
+        codes = next(iter(self.__dict__.get("_buffers", {}).values()), None) if name == "weight" else None
+        if codes is not None:
+            device = codes.device
             return torch.full((1, 1), torch.nan, device=device).expand(self.out_features, self.in_features)
         return super().__getattr__(name)
 
@@ -77,6 +82,7 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
         scale, zero = self._buffers.get("input_scale"), self._buffers.get("input_zero_point")
+        scale = self._buffers.get("input_global_scale") if scale is None else scale
         return quantized_linear(x, self.packed, self.bias, scale, zero)
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":

@@ -9,7 +9,8 @@
 Integers are rounded in this file and nowhere else, ties to even. The addition stands inside the rounding, as in
 compressed-tensors: our codes are bitwise equal to theirs.
 
-Shapes: a scale is [1] per tensor, [N, 1] per channel, [N, K/G] per group, [..., 1] per token.
+Shapes: a scale is [1] per tensor, [N, 1] per channel, [N, K/G] per group, [..., 1] per token,
+[ceil(N/G), ceil(K/G)] per tile of G x G.
 """
 
 import torch
@@ -22,8 +23,11 @@ from lowbit.numerics.scheme import TensorScheme
 def group_view(x: Tensor, scheme: TensorScheme) -> Tensor:
     """x with the elements that share a scale in its last dimension.
 
-    x [..., K] -> group [..., K/G, G], channel and token [..., 1, K], tensor [1, numel].
+    x [..., K] -> group [..., K/G, G], channel and token [..., 1, K], tensor [1, numel]; tiles have a scale per element
+    and range over `tiles`.
     """
+    if scheme.granularity == "tile":
+        return x.unsqueeze(-1)
     if scheme.granularity == "tensor":
         return x.reshape(1, -1)
     if scheme.granularity == "group":
@@ -34,7 +38,28 @@ def group_view(x: Tensor, scheme: TensorScheme) -> Tensor:
 
 def value_range(x: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor]:
     """(smallest, largest) value under each scale of `scheme`, in the shape of that scale, x's dtype."""
+    if scheme.granularity == "tile":
+        assert scheme.group_size is not None
+        return torch.aminmax(tiles(x, scheme.group_size), dim=-1)
     return torch.aminmax(group_view(x, scheme), dim=-1)
+
+
+def tiles(x: Tensor, size: int) -> Tensor:
+    """x [N, K] in squares of size x size, those at the edge filled with zeros: [ceil(N/size), ceil(K/size), size^2]."""
+    rows, columns = x.shape
+    filled = torch.nn.functional.pad(x, (0, -columns % size, 0, -rows % size))
+    squares = filled.unflatten(1, (-1, size)).unflatten(0, (-1, size))  # [N, K] -> [N/size, size, K/size, size]
+    return squares.transpose(1, 2).flatten(2)
+
+
+def _spread(parameter: Tensor, x: Tensor, scheme: TensorScheme) -> Tensor:
+    """A parameter as it broadcasts against group_view(x): [..., 1]; for tiles one per element of x."""
+    if scheme.granularity == "tile":
+        assert scheme.group_size is not None
+        rows, columns = x.shape
+        wide = parameter.repeat_interleave(scheme.group_size, 0).repeat_interleave(scheme.group_size, 1)
+        parameter = wide[:rows, :columns]
+    return parameter.unsqueeze(-1)
 
 
 def choose_scale(low: Tensor, high: Tensor, scheme: TensorScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -71,7 +96,7 @@ def per_element(parameter: Tensor, scheme: TensorScheme) -> Tensor:
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:
     """Nearest codes of x [..., K] under scale: int8 [..., K] (float8_e4m3fn where the format is fp8)."""
-    grouped, like = group_view(x.float(), scheme), scale.float().unsqueeze(-1)
+    grouped, like = group_view(x.float(), scheme), _spread(scale.float(), x, scheme)
     scaled = grouped / like
     if zero is not None:
         scaled = scaled + zero.unsqueeze(-1)
@@ -91,7 +116,7 @@ def decode(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) 
     grouped = group_view(q.float(), scheme)
     if zero is not None:
         grouped = grouped - zero.unsqueeze(-1)
-    return (grouped * scale.float().unsqueeze(-1)).reshape(q.shape)
+    return (grouped * _spread(scale.float(), q, scheme)).reshape(q.shape)
 
 
 def quantize_dequantize(x: Tensor, scheme: TensorScheme, dtype: torch.dtype = torch.float32) -> Tensor:

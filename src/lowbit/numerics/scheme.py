@@ -7,7 +7,13 @@
     w8a8-dynamic-asym    activations with a zero-point per token
     w8a8-static          one activation scale per tensor, from calibration; w8a8-static-asym: with a zero-point
     nf4-b64, fp4-b64     16 levels, one absmax per 64 consecutive weights; -dq: the absmax in 8 bits (QLoRA)
-    fp8                  e4m3 weights per channel x e4m3 activations per token
+    fp8                  e4m3 weights per channel x e4m3 activations per token; fp8a16: 16-bit activations
+    fp8-tensor           one scale for the weights; fp8-tile128: one per 128 x 128 weights and per 128 activations
+    fp8-tensor-static    one calibrated scale for the activations
+    nvfp4, mxfp4         E2M1 weights x E2M1 activations under small scales; nvfp4a16, mxfp4a16: weights only
+    int8-t6              LLM.int8(): int8 weights per channel x int8 activations per token, but input columns with a
+                         value of 6 or more are multiplied in 16 bits; int8-t0: no such columns
+    w4a16-g128-order     groups of columns that are not neighbours (GPTQ's act-order), told by weight_order
 
 A `-asym` after `-static` or `-dynamic` speaks of the activations, elsewhere of the weights.
 """
@@ -17,27 +23,34 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowbit.errors import SchemeError
-from lowbit.numerics.formats import FP4, FP8_E4M3, INT_BITS, NF4, NumberFormat, int_format
+from lowbit.numerics.formats import FP4, FP8_E4M3, INT_BITS, MXFP4, NF4, NVFP4, NumberFormat, int_format
 
-Granularity = Literal["tensor", "channel", "group", "token", "block"]
+Granularity = Literal["tensor", "channel", "group", "token", "block", "tile"]
 
 GRAMMAR = (
     "w<bits>a16[-tensor|-g<size>][-asym] (bits 2 to 8), w<bits>a8[-tensor|-g<size>][-asym][-static|-dynamic][-asym], "
-    "nf4-b<size>[-dq], fp4-b<size>[-dq], fp8; for example w4a16-g64, w4a16-g64-asym, w8a16, w8a8, w8a8-static, nf4-b64"
+    "nf4-b<size>[-dq], fp4-b<size>[-dq], fp8[a16][-tensor|-tile<size>][-static], nvfp4[a16], mxfp4[a16], "
+    "int8-t<threshold>; for example w4a16-g64, w4a16-g64-asym, w8a16, w8a8, w8a8-static, nf4-b64, fp8"
 )
 _INT = re.compile(
     r"w(?P<wbits>\d+)a(?P<abits>\d+)(?:-(?P<tensor>tensor)|-g(?P<group>\d+))?(?P<asym>-asym)?"
-    r"(?:-(?P<mode>static|dynamic)(?P<act_asym>-asym)?)?"
+    r"(?:-(?P<mode>static|dynamic)(?P<act_asym>-asym)?)?(?P<order>-order)?"
 )
 _CODEBOOK = re.compile(r"(?P<name>nf4|fp4)-b(?P<block>\d+)(?P<nested>-dq)?")
+_FP8 = re.compile(r"fp8(?P<a16>a16)?(?:-(?P<tensor>tensor)|-tile(?P<tile>[1-9]\d*))?(?P<static>-static)?")
+_FP4 = re.compile(r"(?P<name>nvfp4|mxfp4)(?P<a16>a16)?")
+_OUTLIERS = re.compile(r"int8-t(?P<threshold>\d+(?:\.\d+)?)")
+_FP4_GROUPS = {"nvfp4": 16, "mxfp4": 32}
 
 
 @dataclass(frozen=True)
 class TensorScheme:
     """How one tensor is quantized.
 
-    group_size counts elements along K for "group", consecutive elements of the flattened tensor for "block".
-    dynamic: the scale is computed from the tensor at run time. nested: block scales are themselves in 8 bits.
+    group_size counts elements along K for "group", consecutive elements of the flattened tensor for "block", the side
+    of a square of rows and columns for "tile". dynamic: the scale is computed from the tensor at run time. nested:
+    block scales are themselves in 8 bits. outlier: columns of activations that reach this value stay in 16 bits (0:
+    none do). ordered: groups follow a stored order of the columns, not their place.
     """
 
     format: NumberFormat
@@ -46,6 +59,8 @@ class TensorScheme:
     group_size: int | None = None
     dynamic: bool = False
     nested: bool = False
+    outlier: float | None = None
+    ordered: bool = False
 
     @property
     def bits(self) -> int:
@@ -65,19 +80,39 @@ class QuantScheme:
             nested = "-dq" if weights.nested else ""
             return f"{weights.format.name}-b{weights.group_size}{nested}"  # of plain strings only, for Dynamo
         if weights.format.kind == "float":
-            return "fp8"
+            return self._float_text()
+        if activations and activations.outlier is not None:
+            return f"int8-t{activations.outlier:g}"
         text = f"w{weights.bits}a{activations.bits if activations else 16}"
         text += {"tensor": "-tensor", "group": f"-g{weights.group_size}"}.get(weights.granularity, "")
         text += "-asym" * (not weights.symmetric)
         if activations and not (activations.dynamic and activations.symmetric):
             text += ("-dynamic" if activations.dynamic else "-static") + "-asym" * (not activations.symmetric)
+        return text + "-order" * weights.ordered
+
+    def _float_text(self) -> str:
+        weights, activations = self.weights, self.activations
+        text = str(weights.format) + "a16" * (activations is None)
+        if weights.format == FP8_E4M3:
+            text += {"tensor": "-tensor", "tile": f"-tile{weights.group_size}"}.get(weights.granularity, "")
+            text += "-static" * (activations is not None and not activations.dynamic)
         return text
 
     @classmethod
     def parse(cls, text: str) -> "QuantScheme":
         """The scheme that `text` writes. Raises SchemeError with the grammar when it writes none."""
-        if text == "fp8":
-            return cls(TensorScheme(FP8_E4M3, "channel"), TensorScheme(FP8_E4M3, "token", dynamic=True))
+        if match := _FP8.fullmatch(text):
+            return cls._fp8(text, match)
+        if match := _FP4.fullmatch(text):
+            number_format, size = {"nvfp4": NVFP4, "mxfp4": MXFP4}[match["name"]], _FP4_GROUPS[match["name"]]
+            inputs = None if match["a16"] else TensorScheme(number_format, "group", group_size=size, dynamic=True)
+            return cls(TensorScheme(number_format, "group", group_size=size), inputs)
+        if match := _OUTLIERS.fullmatch(text):
+            threshold = float(match["threshold"])
+            return cls(
+                TensorScheme(int_format(8), "channel"),
+                TensorScheme(int_format(8), "token", dynamic=True, outlier=threshold),
+            )
         if match := _CODEBOOK.fullmatch(text):
             block = int(match["block"])
             if block < 32 or block > 4096 or block & (block - 1):
@@ -92,6 +127,19 @@ class QuantScheme:
         raise SchemeError(f"unknown scheme {text!r}; a scheme is written {GRAMMAR}")
 
     @classmethod
+    def _fp8(cls, text: str, match: re.Match[str]) -> "QuantScheme":
+        size = int(match["tile"]) if match["tile"] else None
+        granularity: Granularity = "tensor" if match["tensor"] else "tile" if size else "channel"
+        weights = TensorScheme(FP8_E4M3, granularity, group_size=size)
+        if match["a16"] and match["static"]:
+            raise SchemeError(f"scheme {text!r} leaves activations in 16 bits, so they can't be static")
+        if match["a16"]:
+            return cls(weights)
+        if match["static"]:
+            return cls(weights, TensorScheme(FP8_E4M3, "tensor"))
+        return cls(weights, TensorScheme(FP8_E4M3, "group" if size else "token", group_size=size, dynamic=True))
+
+    @classmethod
     def _from_match(cls, text: str, match: re.Match[str]) -> "QuantScheme":
         bits, activation_bits = int(match["wbits"]), int(match["abits"])
         if bits not in INT_BITS or activation_bits not in (8, 16) or (match["group"] and int(match["group"]) == 0):
@@ -102,8 +150,10 @@ class QuantScheme:
                 f"a scheme is written {GRAMMAR}"
             )
         group = int(match["group"]) if match["group"] else None
+        if match["order"] and (group is None or activation_bits != 16):
+            raise SchemeError(f"scheme {text!r}: only groups beside 16-bit activations have an order")
         granularity: Granularity = "tensor" if match["tensor"] else "group" if group else "channel"
-        weights = TensorScheme(int_format(bits), granularity, not match["asym"], group)
+        weights = TensorScheme(int_format(bits), granularity, not match["asym"], group, ordered=bool(match["order"]))
         if activation_bits == 16:
             return cls(weights)
         dynamic = match["mode"] != "static"

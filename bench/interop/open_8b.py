@@ -1,0 +1,71 @@
+"""Opening a published-size checkpoint: memory and speed of convert and inspect on the shapes of Llama-3-8B in 4 bits.
+
+    PYTHONPATH=src python bench/interop/open_8b.py WORK OUT
+
+Makes WORK/source (make_8b.py), then times `cp`, `lowbit convert` to
+compressed-tensors with and without the second decoding, to AWQ, and `lowbit inspect`, each in a process of its own with
+the page cache emptied first where that is allowed. MB/s counts the source's bytes once. Writes OUT/open_8b.json.
+This process imports nothing big: a child's peak memory counts its parent's at the fork.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def empty_cache() -> bool:
+    """Whether the page cache could be emptied."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
+
+
+def timed(command: list[str], size: int) -> dict[str, Any]:
+    """Seconds (with sync), peak memory and MB/s of a process."""
+    emptied, started = empty_cache(), time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{command} ended with {status}")
+    row = {"seconds": round(seconds, 1), "MB_per_s": round(size / seconds / 1e6, 1), "cache_emptied": emptied}
+    return row | {
+        "peak_MB": round(usage.ru_maxrss * 1024 / 1e6),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+    }
+
+
+def main(work: Path, out: Path) -> None:
+    source, target = work / "source", work / "out"
+    if not (source / "config.json").is_file():
+        subprocess.run([sys.executable, str(Path(__file__).with_name("make_8b.py")), str(source)], check=True)
+    size = sum(path.stat().st_size for path in source.iterdir())
+    lowbit = [sys.executable, "-W", "ignore", "-m", "lowbit"]
+    convert = [*lowbit, "convert", str(source), "-o", str(target), "--format"]
+    commands = {
+        "cp": ["cp", "-r", str(source), str(target)],
+        "inspect": [*lowbit, "inspect", str(source)],
+        "convert to compressed-tensors, not verified": [*convert, "compressed-tensors", "--no-verify"],
+        "convert to compressed-tensors": [*convert, "compressed-tensors"],
+        "convert to awq, not verified": [*convert, "awq", "--no-verify"],
+        "cp again": ["cp", "-r", str(source), str(target)],
+    }
+    rows: dict[str, Any] = {"bytes": size, "cores": os.cpu_count(), "rows": {}}
+    for name, command in commands.items():
+        rows["rows"][name] = timed(command, size)
+        print(name, rows["rows"][name], flush=True)
+        (out / "open_8b.json").write_text(json.dumps(rows, indent=1) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
