@@ -56,7 +56,8 @@ class Finetuning:
     """What to train: method, scheme and lr (None: the method's own), windows of seq_len tokens.
 
     distill: qat learns from the original instead of from the text's next tokens. merge: qlora writes a checkpoint with
-    the adapter in it instead of the adapter. rules: other schemes for some layers, as in a recipe.
+    the adapter in it instead of the adapter; merge_16bit: one that is not quantized. rules: other schemes for some
+    layers, as in a recipe.
     """
 
     method: str = "qlora"
@@ -65,6 +66,7 @@ class Finetuning:
     seq_len: int = 512
     distill: bool = True
     merge: bool = False
+    merge_16bit: bool = False
     rules: tuple[Rule, ...] = ()
     lora: LoraOptions = field(default_factory=LoraOptions)
     loop: LoopOptions = field(default_factory=lambda: LoopOptions(steps=200))
@@ -72,8 +74,10 @@ class Finetuning:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}")
-        if self.merge and self.method != "qlora":
+        if (self.merge or self.merge_16bit) and self.method != "qlora":
             raise InputError("only qlora has adapters to merge; leave out --merge")
+        if self.merge and self.merge_16bit:
+            raise InputError("a checkpoint is quantized or in 16 bits: choose --merge or --merge-16bit")
 
 
 @dataclass(frozen=True)
@@ -207,11 +211,16 @@ def _qlora(work: _Work, folder: Path) -> Finetuned:
     run = work.train(adapted, next_token_loss, optimizer)
     done = work.done(run, adapted)
     adapted.eval()
-    if not work.options.merge:
+    if not (work.options.merge or work.options.merge_16bit):
         adapted.save_pretrained(str(folder))
         return done
-    merged, report = merge_lora(adapted, batches=[work.windows.ids[:1]])
-    write_checkpoint(work.source, folder, merged.cpu(), layout, work.stored_dtype)
+    merged, report = merge_lora(adapted, work.options.merge_16bit, [work.windows.ids[:1]])
+    if work.options.merge:
+        write_checkpoint(work.source, folder, merged.cpu(), layout, work.stored_dtype)
+    else:
+        merged.config.__dict__.pop("quantization_config", None)
+        merged.cpu().to(dtype=work.stored_dtype).save_pretrained(folder)  # type: ignore[call-arg]
+        load_tokenizer(work.source).save_pretrained(folder)
     return replace(done, merge_error=max(layer.relative_error for layer in report.layers), merge_kld=report.kld)
 
 

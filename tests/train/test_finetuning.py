@@ -9,7 +9,7 @@ from architectures import tiny
 from command import lowbit_command
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import lowbit
 from lowbit.nn.linear import QuantLinear
@@ -65,6 +65,19 @@ def test_qlora_merges_into_a_checkpoint(model: Path, data: Path, tmp_path: Path)
     assert sum(isinstance(module, QuantLinear) for module in loaded.modules()) == 21
 
 
+def test_qlora_merges_into_16_bits_that_need_no_lowbit(model: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ("finetune", model, "--data", data, "-o", tmp_path / "out", "--merge-16bit", "--lr", "1e-2", *SHORT)
+    ended = lowbit_command(*arguments)
+    assert ended.code == 0, ended.err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    original = AutoModelForCausalLM.from_pretrained(model)
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert merged.dtype == original.dtype == torch.bfloat16
+    ids = torch.arange(3, 30)[None]
+    assert 1e-3 < (merged(ids).logits - original(ids).logits).abs().max() < 5
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"] == [4, 5]
+
+
 def test_qat_writes_a_checkpoint_and_learns_from_the_original(model: Path, data: Path, tmp_path: Path) -> None:
     arguments = ("finetune", model, "--data", data, "-o", tmp_path / "out", "--method", "qat")
     ended = lowbit_command(*arguments, "--scheme", "w2a16-g32", "--lr", "1e-3", *SHORT, "--batch", 30)
@@ -104,13 +117,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model: Path, data: Path, tm
     ("arguments", "message"),
     [
         (("--method", "lora"), "unknown method 'lora'; choose one of qlora, qat"),
+        (("--merge", "--merge-16bit"), "choose --merge or --merge-16bit"),
         (("--method", "qat", "--merge"), "only qlora has adapters to merge"),
         (("--method", "qat", "--seq-len", 16, "--scheme", "nf4-b64"), "training learns integer grids"),
         (("--seq-len", 4000), "give more text or a smaller --seq-len"),
         (("--batch", 4000, "--seq-len", 16), "a batch of 4000 windows was asked for"),
         (("--target", "w1", "--seq-len", 16), "ends in w1"),
     ],
-    ids=["method", "merge", "scheme", "short", "batch", "target"],
+    ids=["method", "two merges", "merge", "scheme", "short", "batch", "target"],
 )
 def test_what_cannot_be_trained_is_told_in_a_sentence(
     model: Path, data: Path, tmp_path: Path, arguments: tuple[object, ...], message: str

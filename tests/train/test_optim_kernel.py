@@ -9,7 +9,8 @@ from torch import nn
 from lowbit.kernels.cuda.optim import NEGATIVE_AT, UNSIGNED_AT, Scalars, _bounds, pack_records, search_table
 from lowbit.kernels.cuda.optim import KernelStep as Step
 from lowbit.numerics.codebook import dynamic_map
-from lowbit.train.optim import Adam8bit, AdamW8bit, BlockwiseOptimizer, Lion8bit, SGD8bit, StateOptions, _step_plainly
+from lowbit.train.blockwise import BlockwiseOptimizer, _step_plainly
+from lowbit.train.optim import Adam8bit, AdamW8bit, Lion8bit, SGD8bit, StateOptions
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

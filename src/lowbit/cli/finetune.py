@@ -34,6 +34,9 @@ def finetune_command(
     ignore: Annotated[list[str], typer.Option(metavar="GLOB", help="Leave matching layers as they are.")] = [],  # noqa: B006
     rule: Annotated[list[str], typer.Option(metavar="GLOB=SCHEME", help="Another scheme for matching layers.")] = [],  # noqa: B006
     merge: Annotated[bool, typer.Option("--merge", help="Write a checkpoint with the adapter merged into it.")] = False,
+    merge_16bit: Annotated[
+        bool, typer.Option("--merge-16bit", help="Write a checkpoint in 16 bits with the adapter merged into it.")
+    ] = False,
     next_token: Annotated[
         bool, typer.Option("--next-token", help="qat: learn the text's next tokens, not the original's answers.")
     ] = False,
@@ -46,7 +49,7 @@ def finetune_command(
     loop = LoopOptions(steps=steps, batch=batch, warmup=warmup, keep_every=keep_every, seed=seed)
     lora = LoraOptions(rank, alpha, targets=tuple(target))
     rules = (*(Rule.parse(text) for text in rule), *(Rule(glob, None) for glob in ignore))
-    options = Finetuning(method, scheme, lr, seq_len, not next_token, merge, rules, lora, loop)
+    options = Finetuning(method, scheme, lr, seq_len, not next_token, merge, merge_16bit, rules, lora, loop)
     with Bar(STDERR) as bar:
         done = finetune(model, data, out, options, device, overwrite, bar.show)
     STDOUT.print(str(done), soft_wrap=True)

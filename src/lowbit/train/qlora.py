@@ -130,7 +130,7 @@ def merge_lora(
 ) -> tuple[PreTrainedModel, MergeReport]:
     """(the base model with its adapters merged, in place, and what that lost).
 
-    Each layer is quantized again under its own scheme, or becomes an nn.Linear in its activations' dtype (`to_16bit`).
+    Each layer is quantized again under its own scheme, or becomes an nn.Linear in the model's dtype (`to_16bit`).
     batches: token ids int64 [b, T] on which the KL to the model with adapters is measured.
     """
     wrapped = list(_adapted(peft_model))
@@ -141,7 +141,7 @@ def merge_lora(
     layers = []
     for name, wrapper in wrapped:
         base, delta = wrapper.get_base_layer(), _delta(wrapper)
-        merged, layer = _merged_linear(base, delta) if to_16bit else _merged_quant(base, delta, name)
+        merged, layer = _merged_linear(base, delta, model.dtype) if to_16bit else _merged_quant(base, delta, name)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
         wanted = base.packed.dequantize() + delta
@@ -188,9 +188,7 @@ def _merged_quant(base: QuantLinear, delta: Tensor, name: str) -> tuple[Tensor, 
     return packed.dequantize(), layer
 
 
-def _merged_linear(base: QuantLinear, delta: Tensor) -> tuple[Tensor, nn.Linear]:
-    scale = base.packed.scale
-    dtype = base.bias.dtype if base.bias is not None else scale.dtype if isinstance(scale, Tensor) else torch.bfloat16
+def _merged_linear(base: QuantLinear, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, nn.Linear]:
     w = (base.packed.dequantize() + delta).to(dtype)
     layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     layer.weight, layer.bias = nn.Parameter(w, requires_grad=False), base.bias
