@@ -7,19 +7,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lowbit.algorithms.columns import PLAIN, Columns
+from lowbit.algorithms.correction import corrected
 from lowbit.algorithms.gptq import solve_gptq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
-from lowbit.model.recipe import Recipe
+from lowbit.model.recipe import MOMENT_METHODS, Recipe
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics import metrics
 from lowbit.numerics.affine import choose_scale
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.observe.moments import SecondMoment, finite_range
+from lowbit.observe.moments import CrossMoment, SecondMoment, finite_range
 from lowbit.observe.ranges import Observer, make_observer
+from lowbit.optional import installed, require
 from lowbit.report import Histogram, LayerRecord
 from lowbit.tensors import PackedWeight, check_finite
 
@@ -28,11 +31,24 @@ BINS = 64
 SHOWN_LAYERS = 6  # the worst layers, whose histograms a report keeps
 
 
+def columns_for(device: torch.device) -> Columns:
+    """The solvers' inner loops for tensors on this device: fused where Triton is installed beside a GPU."""
+    if device.type != "cuda" or not installed("triton"):
+        return PLAIN
+    kernels = require("lowbit.kernels.triton.columns", "cuda")
+    return Columns(kernels.round_panel, kernels.descend_panel)
+
+
 class Statistics:
-    """What a solver may ask of one input: its second moment, its range, and a histogram for the report."""
+    """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
+
+    shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it.
+    """
 
     def __init__(self, moment: SecondMoment | None, observer: Observer | None) -> None:
         self.moment, self.observer = moment, observer
+        self.shift: CrossMoment | None = None
+        self.residual: CrossMoment | None = None
         self.sample: Histogram | None = None
 
     def update(self, x: Tensor) -> None:
@@ -62,18 +78,22 @@ class LayerLog:
         self.observed = True
         static = scheme.activations is not None and not scheme.activations.dynamic
         observer = make_observer(self.recipe.observer, scheme.activations) if static and scheme.activations else None
-        moment = SecondMoment(in_features, device) if self.recipe.method == "gptq" else None
+        moment = SecondMoment(in_features, device) if self.recipe.method in MOMENT_METHODS else None
         return Statistics(moment, observer)
 
     def solve(self, w: Tensor, scheme: QuantScheme, moment: Tensor | None, name: str) -> tuple[Solution, str]:
         """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning."""
         method = self.recipe.method
-        if method == "gptq" and moment is None:
+        if method in MOMENT_METHODS and moment is None:
             self.warnings.append(f"{name}: no calibration token was seen there, so it was rounded to nearest")
             method = "rtn"
+        if method == "rtn-weighted":
+            assert moment is not None
+            importance = moment.diagonal()
+            return solve_rtn(w, scheme.weights, self.scale_dtype, ScaleSearch(), importance), method
         if method == "gptq":
             assert moment is not None
-            solution = solve_gptq(w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq)
+            solution = solve_gptq(w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq, columns_for(w.device))
             if solution.damping != self.recipe.gptq.damping:
                 self.warnings.append(f"{name}: its second moment needed damping {solution.damping:g}")
             return solution, method
@@ -135,7 +155,7 @@ def solve_linears(
         return
     moment = _moment(observed, full_names[0])
     w = torch.cat([linear.weight for linear in linears]).float()  # [sum of N, K]
-    solution, method = log.solve(w, scheme, moment, ", ".join(full_names))
+    solution, method = log.solve(_aimed(w, moment, observed, log), scheme, moment, ", ".join(full_names))
     input_scale, input_zero = _static_grid(full_names[0], scheme, observed, log)
     start = 0
     for name, full_name, linear in zip(names, full_names, linears, strict=True):
@@ -173,6 +193,15 @@ def _moment(observed: Statistics | None, name: str) -> Tensor | None:
         return observed.moment.value
     except InputError as error:
         raise InputError(f"the input of {name}: {error}; choose --method rtn") from error
+
+
+def _aimed(w: Tensor, moment: Tensor | None, observed: Statistics | None, log: LayerLog) -> Tensor:
+    """w [N, K], or the weights that do w's work on the inputs of the quantized model, where both were observed."""
+    options = log.recipe.correction
+    if options is None or moment is None or observed is None or observed.shift is None:
+        return w
+    residual = None if observed.residual is None else observed.residual.value
+    return corrected(w, moment, observed.shift.value, residual, options)
 
 
 def _static_grid(

@@ -2,20 +2,23 @@
 
     rtn          nearest code, scales from the smallest and largest weight; needs no data
     rtn-clip     nearest code, scales by clip search on |error|^2.4; needs no data
-    gptq         error feedback on the second moment of the inputs, scales searched under its diagonal
+    rtn-weighted nearest code, scales by clip search weighted with the inputs' mean squares
+    gptq         error feedback on the second moment of the inputs, scales searched under what an error costs
 
 Written METHOD:SCHEME, as in "gptq:w4a16-g64".
 """
 
 from dataclasses import dataclass, field
 
+from lowbit.algorithms.correction import Correction
 from lowbit.algorithms.gptq import GptqOptions
 from lowbit.errors import InputError, SchemeError
 from lowbit.model.select import Rule
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 
-METHODS = ("rtn", "rtn-clip", "gptq")
+METHODS = ("rtn", "rtn-clip", "rtn-weighted", "gptq")
+MOMENT_METHODS = ("rtn-weighted", "gptq")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     observer: str = "mse"
     gptq: GptqOptions = field(default_factory=GptqOptions)
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
