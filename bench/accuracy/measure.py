@@ -44,10 +44,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+KINDS = {"gptq": GptqOptions, "correction": Correction, "learning": Learning}
+
+
 def recipe_of(row: dict) -> Recipe:
-    options = {
-        name: kind(**row[name]) for name, kind in (("gptq", GptqOptions), ("correction", Correction)) if name in row
-    }
+    options = {name: kind(**row[name]) for name, kind in KINDS.items() if name in row}
     rules = tuple(Rule(glob, None) for glob in row.get("ignore", ()))
     return Recipe(QuantScheme.parse(row["scheme"]), row.get("method", "gptq"), rules, **options)
 
@@ -59,7 +60,7 @@ def quantized(base, row: dict, tokens: Tokens, device: torch.device):
     log = quantize_blocks(
         model, Job(recipe, selection, list(batched(tokens.ids, 8192)), torch.bfloat16, device, hidden_device=device)
     )
-    learned = learn(model, base, tokens.ids, Learning(**row["learning"])) if "learning" in row else None
+    learned = learn(model, base, tokens.ids, recipe.learning) if recipe.learning else None
     errors = [record.output_error**2 for record in log.records if record.output_error is not None]
     return model, math.sqrt(sum(errors) / len(errors)) if errors else None, learned
 

@@ -29,8 +29,8 @@ class Seen(NamedTuple):
     residual: Tensor | None
 
 
-Receive = Callable[[str, Seen, Seen], None]
-"""Called with a linear's name, what it sees in the original, and what it sees in the quantized model."""
+Receive = Callable[[str, int, Seen, Seen], None]
+"""Called with a linear's name, the batch, what it sees in the original, and what it sees in the quantized model."""
 
 
 class Twin:
@@ -42,13 +42,13 @@ class Twin:
         self.sources: dict[str, str] = {}  # what residual_sources found, where the recipe asks for it
 
     def observe(self, leads: Sequence[str], receive: Receive) -> None:
-        """Call receive(name, clean, noisy) for each of these linears, in order of execution, and for each batch."""
+        """Call receive(name, batch, clean, noisy) for each of these linears, in order of execution, and each batch."""
         for batch in range(self.noisy.batches):
             clean = _captured(self.clean, batch, leads, self.sources)
             noisy = _captured(self.noisy, batch, leads, self.sources)
             for name in leads:
                 if name in clean and name in noisy:
-                    receive(name, clean[name], noisy[name])
+                    receive(name, batch, clean[name], noisy[name])
 
 
 def _captured(block: Block, batch: int, leads: Sequence[str], sources: dict[str, str]) -> dict[str, Seen]:
@@ -103,7 +103,10 @@ def residual_sources(block: Block, linears: Sequence[str]) -> dict[str, str]:
             module = block.module.get_submodule(name)
             hooks.callback(module.register_forward_hook(_keep_output(outputs, name)).remove)
         result = hidden_states(block.module(*args, **kwargs))
-    found = {name: _source(h, y, result, inputs) for name, y in outputs.items() if y.shape == h.shape}
+    h, result = _rows(h), _rows(result)
+    inputs = {name: _rows(x) for name, x in inputs.items()}
+    written = {name: _rows(y) for name, y in outputs.items()}
+    found = {name: _source(h, y, result, inputs) for name, y in written.items() if y.shape == h.shape}
     return {name: source for name, source in found.items() if source is not None}
 
 
@@ -118,6 +121,10 @@ def _source(h: Tensor, y: Tensor, result: Tensor, inputs: dict[str, Tensor]) -> 
     if any(_same(h + y, candidate, y) for candidate in (*inputs.values(), result)):
         return BLOCK_INPUT
     return next((name for name, x in inputs.items() if _same(x, result - y, y)), None)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])  # [b, T, K] -> [b T, K]; some blocks (OPT) do so halfway
 
 
 def _same(a: Tensor, b: Tensor, y: Tensor) -> bool:

@@ -1,20 +1,20 @@
 """One layer's turn: statistics in, solution out, the quantized layer put in place, its loss written down."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.algorithms.choose import Moments, solve_best
 from lowbit.algorithms.columns import PLAIN, Columns
-from lowbit.algorithms.correction import corrected
 from lowbit.algorithms.gptq import solve_gptq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
-from lowbit.model.recipe import MOMENT_METHODS, Recipe
+from lowbit.model.recipe import ALIGNED_METHODS, MOMENT_METHODS, Recipe
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics import metrics
@@ -42,14 +42,21 @@ def columns_for(device: torch.device) -> Columns:
 class Statistics:
     """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
 
-    shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it.
+    shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it; held_out
+    keeps tokens apart that judge candidates (algorithms/choose.py).
     """
 
     def __init__(self, moment: SecondMoment | None, observer: Observer | None) -> None:
         self.moment, self.observer = moment, observer
         self.shift: CrossMoment | None = None
         self.residual: CrossMoment | None = None
+        self.held_out: Statistics | None = None
         self.sample: Histogram | None = None
+
+    def moments(self, moment: Tensor) -> Moments:
+        """What algorithms/choose.py and correction.py work on; only where shift was observed."""
+        assert self.shift is not None
+        return Moments(moment, self.shift.value, None if self.residual is None else self.residual.value)
 
     def update(self, x: Tensor) -> None:
         """Take the tokens of x [..., K] into account."""
@@ -70,6 +77,8 @@ class LayerLog:
     scale_dtype: torch.dtype
     records: list[LayerRecord] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rewritten: set[str] = field(default_factory=set)  # float parameters that were changed
     seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
     observed: bool = False
 
@@ -91,7 +100,7 @@ class LayerLog:
             assert moment is not None
             importance = moment.diagonal()
             return solve_rtn(w, scheme.weights, self.scale_dtype, ScaleSearch(), importance), method
-        if method == "gptq":
+        if method in ("gptq", *ALIGNED_METHODS):
             assert moment is not None
             solution = solve_gptq(w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq, columns_for(w.device))
             if solution.damping != self.recipe.gptq.damping:
@@ -155,7 +164,7 @@ def solve_linears(
         return
     moment = _moment(observed, full_names[0])
     w = torch.cat([linear.weight for linear in linears]).float()  # [sum of N, K]
-    solution, method = log.solve(_aimed(w, moment, observed, log), scheme, moment, ", ".join(full_names))
+    solution, method = _solved(w, scheme, observed, log, moment, ", ".join(full_names))
     input_scale, input_zero = _static_grid(full_names[0], scheme, observed, log)
     start = 0
     for name, full_name, linear in zip(names, full_names, linears, strict=True):
@@ -195,13 +204,28 @@ def _moment(observed: Statistics | None, name: str) -> Tensor | None:
         raise InputError(f"the input of {name}: {error}; choose --method rtn") from error
 
 
-def _aimed(w: Tensor, moment: Tensor | None, observed: Statistics | None, log: LayerLog) -> Tensor:
-    """w [N, K], or the weights that do w's work on the inputs of the quantized model, where both were observed."""
-    options = log.recipe.correction
-    if options is None or moment is None or observed is None or observed.shift is None:
-        return w
-    residual = None if observed.residual is None else observed.residual.value
-    return corrected(w, moment, observed.shift.value, residual, options)
+CANDIDATES = (  # strength, residual: see docs/log-accuracy.md
+    (0.5, 1.0),
+    (0.0, 0.0),
+    (0.5, 0.0),
+    (1.0, 1.0),
+)
+
+
+def _solved(
+    w: Tensor, scheme: QuantScheme, observed: Statistics | None, log: LayerLog, moment: Tensor | None, name: str
+) -> tuple[Solution, str]:
+    """(solution, method used) for w [N, K], aimed at the original's outputs where both models were observed."""
+    recipe = log.recipe
+    if recipe.correction is None or moment is None or observed is None or observed.shift is None:
+        return log.solve(w, scheme, moment, name)
+    seen = observed.moments(moment)
+    if recipe.method != "chosen" or observed.held_out is None or observed.held_out.moment is None:
+        return log.solve(seen.aim(w, recipe.correction), scheme, moment, name)
+    held_out = observed.held_out.moments(observed.held_out.moment.value)
+    options = [(recipe.gptq, replace(recipe.correction, strength=s, residual=r)) for s, r in CANDIDATES]
+    columns = columns_for(w.device)
+    return solve_best(w, seen, held_out, scheme.weights, log.scale_dtype, options, columns), recipe.method
 
 
 def _static_grid(

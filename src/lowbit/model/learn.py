@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import InputError
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.rounding import RoundingLinear
 from lowbit.numerics.metrics import kl_divergence
@@ -21,7 +22,8 @@ from lowbit.numerics.metrics import kl_divergence
 class Learning:
     """steps of `windows` windows each; rates are the first step's, falling linearly to zero.
 
-    rate moves codes, in steps of the grid; gain_rate and norm_rate are relative. held_out: windows that judge.
+    rate moves codes, in steps of the grid; gain_rate and norm_rate are relative. held_out: windows that judge, fewer
+    where there are few. stored: the dtype in which norms will be written.
     """
 
     steps: int = 300
@@ -33,15 +35,17 @@ class Learning:
     checks: int = 10
     sign: bool = False
     seed: int = 0
+    stored: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Learned:
-    """KL on the held-out windows before and after, and the step that was kept."""
+    """KL on the held-out windows before and after, the step that was kept, and the float parameters that changed."""
 
     before: float
     after: float
     step: int
+    rewritten: frozenset[str] = frozenset()
 
 
 def learn(
@@ -49,15 +53,18 @@ def learn(
     original: nn.Module,
     ids: Tensor,
     options: Learning,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Learned:
     """Improve the quantized layers of `model` in place; ids [samples, T]; original is the float model, on its device.
 
     Layers that are not integers are left alone. The norms of the model are learned as far as they are 1-D parameters.
     """
+    apart = min(options.held_out, len(ids) // 4)
+    if not apart:
+        raise InputError(f"learning needs 4 or more calibration windows to judge itself, not {len(ids)}: --samples 64")
+    train, held_out = ids[:-apart], ids[-apart:]
     softened = _soften(model, original)
     groups = _parameters(model, softened, options)
-    train, held_out = ids[: -options.held_out], ids[-options.held_out :]
     best = before = _held_out(model, original, held_out)
     best_state, best_step = _state(groups), 0
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -77,11 +84,15 @@ def learn(
             now = _held_out(model, original, held_out)
             if now < best:
                 best, best_state, best_step = now, _state(groups), step
-            progress(step, options.steps)
+            progress("learning", step, options.steps)
     _restore(groups, best_state)
     for name, layer in softened.items():
         _put(model, name, layer.solved())
-    return Learned(before, best, best_step)
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    rewritten = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
+    for parameter in rewritten.values() if best_step else ():
+        parameter.data = parameter.data.to(options.stored).to(parameter.dtype)
+    return Learned(before, best, best_step, frozenset(rewritten) if best_step else frozenset())
 
 
 def _soften(model: nn.Module, original: nn.Module) -> dict[str, RoundingLinear]:

@@ -29,6 +29,7 @@ from lowbit.observe.endings import Replays, replaying
 from lowbit.observe.inputs import ExpertInput, expert_inputs, input_groups
 from lowbit.observe.moments import CrossMoment
 
+HELD_OUT = 6  # one batch in so many judges the candidates of effort 3
 MAX_STAGES = 8  # a block whose experts are linears of their own would else run one forward for each of them
 
 Progress = Callable[[str, int, int], None]
@@ -164,19 +165,19 @@ def _observe_twin(
 ) -> dict[str, Statistics]:
     """Statistics of each group's input in both streams, by its first linear."""
     block = twin.noisy
-    device = next(block.module.parameters()).device
+    held_out = block.batches // HELD_OUT if log.recipe.method == "chosen" else 0
     leads = [group[0] for group in groups if group[0] not in idle]
     statistics: dict[str, Statistics] = {}
     for name in leads:
         linear = cast("nn.Linear", block.module.get_submodule(name))
-        observed = log.statistics(linear.in_features, schemes[name], device)
-        observed.shift = CrossMoment(linear.in_features, linear.in_features, device)
-        if name in twin.sources:
-            observed.residual = CrossMoment(linear.out_features, linear.in_features, device)
-        statistics[name] = observed
+        statistics[name] = _twin_statistics(linear, schemes[name], name in twin.sources, log)
+        if held_out:
+            statistics[name].held_out = _twin_statistics(linear, schemes[name], name in twin.sources, log)
 
-    def receive(name: str, clean: Seen, noisy: Seen) -> None:
+    def receive(name: str, batch: int, clean: Seen, noisy: Seen) -> None:
         observed = statistics[name]
+        if batch >= block.batches - held_out and observed.held_out is not None:
+            observed = observed.held_out
         try:
             observed.update(noisy.x)
             if observed.shift is not None:
@@ -189,6 +190,15 @@ def _observe_twin(
     if leads:
         twin.observe(leads, receive)
     return statistics
+
+
+def _twin_statistics(linear: nn.Linear, scheme: QuantScheme, writes_residual: bool, log: LayerLog) -> Statistics:
+    device = linear.weight.device
+    observed = log.statistics(linear.in_features, scheme, device)
+    observed.shift = CrossMoment(linear.in_features, linear.in_features, device)
+    if writes_residual:
+        observed.residual = CrossMoment(linear.out_features, linear.in_features, device)
+    return observed
 
 
 def _stages(groups: list[list[str]]) -> list[list[list[str]]]:

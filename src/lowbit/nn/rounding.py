@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lowbit.kernels.reference import activation_scale
 from lowbit.nn.linear import QuantLinear
-from lowbit.numerics.affine import decode, encode, per_element, round_to
+from lowbit.numerics.affine import choose_scale, decode, encode, per_element, round_to, value_range
 from lowbit.tensors import PackedWeight
 
 EDGE = 0.495  # how near to the edge of its code's cell u may lie
@@ -64,8 +63,10 @@ class RoundingLinear(nn.Module):
         """x [..., K] -> [..., N]; x is rounded on the way where the scheme says so."""
         activations = self.scheme.activations
         if activations is not None:
-            scale, zero = activation_scale(x.detach(), activations, *self.input_grid)
-            rounded = decode(encode(x.detach(), scale, zero, activations), scale, zero, activations)
+            fixed, seen = x.detach(), value_range(x.detach(), activations)
+            static, zero = self.input_grid
+            scale, zero = (static, zero) if static is not None else choose_scale(*seen, activations, x.dtype)
+            rounded = decode(encode(fixed, scale, zero, activations), scale, zero, activations)
             x = x + (rounded.to(x.dtype) - x).detach()
         return linear(x, self.weight_now(), self.bias)
 
