@@ -120,8 +120,10 @@ class Reference:
 
 
 @torch.no_grad()
-def fidelity(model: PreTrainedModel, reference: Reference, on_window: Callable[[int], None] | None = None) -> Fidelity:
-    """The distance of `model` from the reference, on the reference's text."""
+def window_means(
+    model: PreTrainedModel, reference: Reference, on_window: Callable[[int], None] | None = None
+) -> Tensor:
+    """float64 [windows, 4]: the mean surprise, the original's surprise, KL and agreement of each window's tokens."""
     head, tokens = Head(model), reference.tokens
     windows = []
     for index, (hidden, original, ids) in enumerate(
@@ -130,11 +132,17 @@ def fidelity(model: PreTrainedModel, reference: Reference, on_window: Callable[[
         windows.append(_window_sums(head, hidden, reference, original, ids))
         if on_window is not None:
             on_window(index + 1)
-    sums = torch.stack(windows)  # [windows, 4]
-    means = sums / (tokens.ids.shape[1] - 1)
+    return torch.stack(windows) / (tokens.ids.shape[1] - 1)  # [windows, 4]
+
+
+@torch.no_grad()
+def fidelity(model: PreTrainedModel, reference: Reference, on_window: Callable[[int], None] | None = None) -> Fidelity:
+    """The distance of `model` from the reference, on the reference's text."""
+    tokens, means = reference.tokens, window_means(model, reference, on_window)
+    windows = len(means)
     _check_sane(means, model)
     surprise, surprise_reference, kld, agreement = means.mean(0).tolist()
-    stderr = means[:, 2].std().item() / math.sqrt(len(windows)) if len(windows) > 1 else 0.0
+    stderr = means[:, 2].std().item() / math.sqrt(windows) if windows > 1 else 0.0
     return Fidelity(
         perplexity_reference=math.exp(surprise_reference),
         perplexity=math.exp(surprise),

@@ -6,7 +6,7 @@ difference from the original on text that calibration never saw.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -120,6 +120,7 @@ class Report:
     fidelity: Fidelity | None = None
     gates: tuple[Gate, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     histograms: tuple[Histogram, ...] = ()
     sample: TextSample | None = None
 
@@ -162,5 +163,6 @@ def _build(kind: Any, value: Any) -> Any:
         return tuple(_build(get_args(kind)[0], item) for item in value)
     if hasattr(kind, "__dataclass_fields__"):
         hints = get_type_hints(kind)
-        return kind(**{field.name: _build(hints[field.name], value[field.name]) for field in fields(kind)})
+        known = [field for field in fields(kind) if field.name in value or field.default is MISSING]  # older reports
+        return kind(**{field.name: _build(hints[field.name], value[field.name]) for field in known})
     return value

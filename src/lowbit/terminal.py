@@ -56,7 +56,7 @@ def report_text(report: Report) -> RenderableType:
         items = [item for item in report.coverage.skipped if item.reason == reason]
         skipped.add_row(reason, str(len(items)), f"{sum(item.parameters for item in items):,}")
     parts: list[RenderableType] = [wording.verdict(report), comparison_table([report]), worst, skipped]
-    parts += [f"warning: {warning}" for warning in report.warnings]
+    parts += [*report.notes, *(f"warning: {warning}" for warning in report.warnings)]
     return Group(*parts)
 
 

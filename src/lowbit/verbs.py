@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lowbit import judge, memory
+from lowbit.effort import run
 from lowbit.errors import InputError
 from lowbit.io.checkpoint import write_checkpoint
 from lowbit.io.folder import atomic_folder, check_destination
@@ -24,7 +25,7 @@ from lowbit.io.load import load_source
 from lowbit.io.names import disk_layout
 from lowbit.io.source import Source, load_float, load_tokenizer, model_config, open_source
 from lowbit.model.layers import LayerLog
-from lowbit.model.quantize import Job, Progress, batched, needs_data, quantize_blocks
+from lowbit.model.quantize import Job, Progress, needs_data
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import coverage, select
 from lowbit.observe.capture import find_blocks
@@ -237,11 +238,12 @@ def _quantized(
     started, source, dtype = time.perf_counter(), original.source, _stored_dtype(original.source)
     layout, selection = disk_layout(model), _selection(model, recipe)
     covered = coverage(model, selection)
-    batches = [] if original.tokens is None else list(batched(original.tokens.ids))
-    log = quantize_blocks(model, Job(recipe, selection, batches, dtype, original.device, conditions.progress))
+    ids = original.tokens.ids if original.tokens is not None else None
+    outcome = run(model, Job(recipe, selection, [], dtype, original.device, conditions.progress), ids)
+    recipe, log = outcome.recipe, outcome.log
     seconds, peak = time.perf_counter() - started, memory.peak_bytes(original.device)
     conditions.progress("writing", 0, 1)
-    write_checkpoint(source, folder, model, layout, dtype)
+    write_checkpoint(source, folder, model, layout, dtype, log.rewritten)
     conditions.progress("writing", 1, 1)
     report = _report(recipe, original, conditions, covered, log)
     report = replace(report, bytes_after=replace(source, folder=folder).bytes, seconds=seconds, peak_memory_bytes=peak)
@@ -284,5 +286,6 @@ def _report(recipe: Recipe, original: _Original, conditions: Conditions, covered
         peak_memory_bytes=0,
         layers=tuple(log.records),
         warnings=tuple(log.warnings),
+        notes=tuple(log.notes),
         histograms=log.histograms,
     )

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.columns import PANEL, PLAIN, Columns
+from lowbit.algorithms.polish import polish
 from lowbit.algorithms.scales import ScaleSearch, search_scale
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
-from lowbit.numerics.affine import decode, per_element, round_to
+from lowbit.numerics.affine import decode, per_column
 from lowbit.numerics.scheme import TensorScheme
 
 MAX_DAMPING = 10.0
@@ -29,33 +31,45 @@ MAX_DAMPING = 10.0
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """damping: a share of mean(diag H); act_order: columns by falling diag H; block: columns updated lazily."""
+    """damping: a share of mean(diag H); act_order: columns by falling diag H; block: columns updated lazily.
+
+    polish: rounds of refitted scales and descent afterwards (algorithms/polish.py).
+    """
 
     damping: float = 0.01
     act_order: bool = True
-    block: int = 128
+    block: int = PANEL
     search: ScaleSearch | None = field(default_factory=ScaleSearch)
+    polish: int = 0
 
 
 def solve_gptq(
-    w: Tensor, second_moment: Tensor, scheme: TensorScheme, dtype: torch.dtype, options: GptqOptions | None = None
+    w: Tensor,
+    second_moment: Tensor,
+    scheme: TensorScheme,
+    dtype: torch.dtype,
+    options: GptqOptions | None = None,
+    columns: Columns = PLAIN,
 ) -> Solution:
     """Codes, scale and zero-point for w [N, K] given second_moment [K, K] = E[x x^T].
 
     Rows are independent: layers that read the same input may be stacked along N. `dtype` is that of the stored scale.
-    Raises InputError when no damping up to 10 makes the second moment positive definite.
+    columns: the inner loops, for a GPU. Raises InputError when no damping up to 10 makes the second moment positive
+    definite.
     """
     options = options or GptqOptions()
     moment = second_moment.float().clone()
     dead = moment.diagonal() == 0
     moment.diagonal()[dead] = 1
     w = torch.where(dead, 0, w.float())
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    if not options.act_order:
+        order = torch.arange(len(order), device=order.device)
+    factor, damping = inverse_factor(moment[order][:, order], options.damping)
     scale, zero = search_scale(w, scheme, dtype, options.search, moment.diagonal())
-    order = moment.diagonal().argsort(descending=True, stable=True) if options.act_order else None
-    if order is not None:
-        moment = moment[order][:, order]
-    factor, damping = inverse_factor(moment, options.damping)
-    q = _round_columns(w, factor, scale, zero, scheme, order, options.block)
+    q = _round_columns(w, factor, scale, zero, scheme, order, options.block, columns)
+    if options.polish:
+        q, scale = polish(w, moment, q, scale, zero, scheme, order, options.polish, columns)
     return Solution(q, scale, zero, decode(q, scale, zero, scheme), damping)
 
 
@@ -87,35 +101,21 @@ def _round_columns(
     scale: Tensor,
     zero: Tensor | None,
     scheme: TensorScheme,
-    order: Tensor | None,
+    order: Tensor,
     block: int,
+    loops: Columns,
 ) -> Tensor:
     """Codes int8 [N, K] in natural column order. Works on the transpose, whose rows (columns of w) are contiguous."""
     rows, columns = w.shape
-    order = torch.arange(columns, device=w.device) if order is None else order
     left = w.T[order].contiguous()  # [N, K] -> [K, N], in solving order
-    steps = _column_parameters(scale, w, scheme, order)
-    shifts = None if zero is None else _column_parameters(zero, w, scheme, order)
+    steps = per_column(scale, scheme, w.shape)[order]
+    shifts = torch.zeros_like(steps) if zero is None else per_column(zero, scheme, w.shape)[order]
     q = torch.empty(columns, rows, dtype=torch.int8, device=w.device)
     for start in range(0, columns, block):
-        end = min(start + block, columns)
-        errors = torch.empty(end - start, rows, device=w.device)
-        panel, corner = left[start:end], factor[start:end, start:end]
-        for i in range(end - start):
-            step, shift = steps[start + i], 0 if shifts is None else shifts[start + i]
-            code = round_to(panel[i] / step + shift, scheme.format)
-            q[start + i] = code
-            torch.div(panel[i] - (code - shift) * step, corner[i, i], out=errors[i])
-            panel[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        part = slice(start, min(start + block, columns))
+        codes, errors = loops.round_panel(left[part], factor[part, part], steps[part], shifts[part], scheme.format)
+        q[part] = codes
+        left[part.stop :].addmm_(factor[part, part.stop :].T, errors, alpha=-1)
     natural = torch.empty_like(q)
     natural[order] = q
     return natural.T.contiguous()  # [K, N] -> [N, K]
-
-
-def _column_parameters(parameter: Tensor, w: Tensor, scheme: TensorScheme, order: Tensor) -> Tensor:
-    """A scale or zero-point as float32 [K, 1 or N], one row per column of w in solving order."""
-    columns = per_element(parameter.float(), scheme)
-    if columns.dim() == 1:
-        return columns.expand(w.shape[1], 1)  # per tensor: [1] -> [K, 1]
-    return columns.expand(-1, w.shape[1]).T[order].contiguous()  # [N, K or 1] -> [K, N]

@@ -26,7 +26,8 @@ from lowbit.cli.options import (
     percent,
     raise_failed,
 )
-from lowbit.model.recipe import METHODS, Recipe, default_method
+from lowbit.errors import InputError
+from lowbit.model.recipe import EFFORTS, METHODS, Recipe, default_method
 from lowbit.model.select import Rule
 from lowbit.numerics.scheme import GRAMMAR, QuantScheme
 from lowbit.observe.ranges import OBSERVERS
@@ -42,6 +43,10 @@ def quantize_command(
     scheme: Annotated[str, typer.Option(help=GRAMMAR)] = "w4a16-g64",
     method: Annotated[
         str | None, typer.Option(help=f"{', '.join(METHODS)}; default: gptq, or rtn for nf4, fp4, fp8.")
+    ] = None,
+    effort: Annotated[
+        int | None,
+        typer.Option(help=f"Instead of a method, 0 to 4 ({', '.join(EFFORTS)}), never worse than the one below."),
     ] = None,
     calibration: CalibrationText = None,
     samples: Samples = 128,
@@ -65,7 +70,12 @@ def quantize_command(
     check_files(json, report)
     parsed = QuantScheme.parse(scheme)
     rules = (*(Rule.parse(text) for text in rule), *(Rule(glob, None) for glob in ignore))
-    recipe = Recipe(parsed, method or default_method(parsed), rules, observer)
+    if effort is not None and method is not None:
+        raise InputError(f"--effort {effort} and --method {method} were both given; give one of them")
+    if effort is not None:
+        recipe = Recipe.at_effort(parsed, effort, rules, observer)
+    else:
+        recipe = Recipe(parsed, method or default_method(parsed), rules, observer)
     with Bar(STDERR, device) as bar:
         conditions = Conditions(
             Calibration(calibration, samples, seq_len, seed),

@@ -6,7 +6,7 @@ the folder; config.json gains a quantization_config. Shards keep their names. On
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,18 @@ class _Stored:
 
 
 def write_checkpoint(
-    source: Source, folder: Path, model: nn.Module, layout: Mapping[str, Piece], dtype: torch.dtype
+    source: Source,
+    folder: Path,
+    model: nn.Module,
+    layout: Mapping[str, Piece],
+    dtype: torch.dtype,
+    rewritten: Collection[str] = (),
 ) -> None:
     """Fill the empty `folder` with the quantized form of `source`; layout is that of the model before it was quantized.
 
-    dtype is that of the source's weights.
+    dtype is that of the source's weights. rewritten names float parameters of the model that the source has otherwise.
     """
+    changed = {name: piece.parameter for name, piece in layout.items() if piece.parameter in rewritten}
     stored = _stored(model, layout)
     weight_map: dict[str, str] = {}
     total_bytes = 0
@@ -68,6 +74,8 @@ def write_checkpoint(
             for name in file.keys():  # noqa: SIM118  (a handle, not a mapping)
                 if name in stored:
                     tensors |= stored.pop(name).tensors(name.removesuffix(".weight"), dtype)
+                elif name in changed:
+                    tensors[name] = _like(file.get_tensor(name), model.get_parameter(changed[name]))
                 else:
                     tensors[name] = file.get_tensor(name)
         weight_map |= dict.fromkeys(tensors, shard)
@@ -79,6 +87,12 @@ def write_checkpoint(
     copy_files(source, folder)
     config = source.config | {"quantization_config": _config(model, layout, dtype)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """new with the dtype of old, which it replaces whole."""
+    assert old.shape == new.shape, f"{list(new.shape)} can't take the place of {list(old.shape)}"
+    return new.detach().cpu().to(old.dtype).contiguous()
 
 
 def _layer_of(model: nn.Module, piece: Piece) -> QuantLinear | None:

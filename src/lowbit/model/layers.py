@@ -1,25 +1,28 @@
 """One layer's turn: statistics in, solution out, the quantized layer put in place, its loss written down."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.algorithms.choose import Moments, solve_best
+from lowbit.algorithms.columns import PLAIN, Columns
 from lowbit.algorithms.gptq import solve_gptq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
-from lowbit.model.recipe import Recipe
+from lowbit.model.recipe import ALIGNED_METHODS, MOMENT_METHODS, Recipe
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics import metrics
 from lowbit.numerics.affine import choose_scale
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.observe.moments import SecondMoment, finite_range
+from lowbit.observe.moments import CrossMoment, SecondMoment, finite_range
 from lowbit.observe.ranges import Observer, make_observer
+from lowbit.optional import installed, require
 from lowbit.report import Histogram, LayerRecord
 from lowbit.tensors import PackedWeight, check_finite
 
@@ -28,12 +31,32 @@ BINS = 64
 SHOWN_LAYERS = 6  # the worst layers, whose histograms a report keeps
 
 
+def columns_for(device: torch.device) -> Columns:
+    """The solvers' inner loops for tensors on this device: fused where Triton is installed beside a GPU."""
+    if device.type != "cuda" or not installed("triton"):
+        return PLAIN
+    kernels = require("lowbit.kernels.triton.columns", "cuda")
+    return Columns(kernels.round_panel, kernels.descend_panel)
+
+
 class Statistics:
-    """What a solver may ask of one input: its second moment, its range, and a histogram for the report."""
+    """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
+
+    shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it; held_out
+    keeps tokens apart that judge candidates (algorithms/choose.py).
+    """
 
     def __init__(self, moment: SecondMoment | None, observer: Observer | None) -> None:
         self.moment, self.observer = moment, observer
+        self.shift: CrossMoment | None = None
+        self.residual: CrossMoment | None = None
+        self.held_out: Statistics | None = None
         self.sample: Histogram | None = None
+
+    def moments(self, moment: Tensor) -> Moments:
+        """What algorithms/choose.py and correction.py work on; only where shift was observed."""
+        assert self.shift is not None
+        return Moments(moment, self.shift.value, None if self.residual is None else self.residual.value)
 
     def update(self, x: Tensor) -> None:
         """Take the tokens of x [..., K] into account."""
@@ -54,6 +77,8 @@ class LayerLog:
     scale_dtype: torch.dtype
     records: list[LayerRecord] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rewritten: set[str] = field(default_factory=set)  # float parameters that were changed
     seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
     observed: bool = False
 
@@ -62,18 +87,22 @@ class LayerLog:
         self.observed = True
         static = scheme.activations is not None and not scheme.activations.dynamic
         observer = make_observer(self.recipe.observer, scheme.activations) if static and scheme.activations else None
-        moment = SecondMoment(in_features, device) if self.recipe.method == "gptq" else None
+        moment = SecondMoment(in_features, device) if self.recipe.method in MOMENT_METHODS else None
         return Statistics(moment, observer)
 
     def solve(self, w: Tensor, scheme: QuantScheme, moment: Tensor | None, name: str) -> tuple[Solution, str]:
         """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning."""
         method = self.recipe.method
-        if method == "gptq" and moment is None:
+        if method in MOMENT_METHODS and moment is None:
             self.warnings.append(f"{name}: no calibration token was seen there, so it was rounded to nearest")
             method = "rtn"
-        if method == "gptq":
+        if method == "rtn-weighted":
             assert moment is not None
-            solution = solve_gptq(w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq)
+            importance = moment.diagonal()
+            return solve_rtn(w, scheme.weights, self.scale_dtype, ScaleSearch(), importance), method
+        if method in ("gptq", *ALIGNED_METHODS):
+            assert moment is not None
+            solution = solve_gptq(w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq, columns_for(w.device))
             if solution.damping != self.recipe.gptq.damping:
                 self.warnings.append(f"{name}: its second moment needed damping {solution.damping:g}")
             return solution, method
@@ -135,7 +164,7 @@ def solve_linears(
         return
     moment = _moment(observed, full_names[0])
     w = torch.cat([linear.weight for linear in linears]).float()  # [sum of N, K]
-    solution, method = log.solve(w, scheme, moment, ", ".join(full_names))
+    solution, method = _solved(w, scheme, observed, log, moment, ", ".join(full_names))
     input_scale, input_zero = _static_grid(full_names[0], scheme, observed, log)
     start = 0
     for name, full_name, linear in zip(names, full_names, linears, strict=True):
@@ -173,6 +202,30 @@ def _moment(observed: Statistics | None, name: str) -> Tensor | None:
         return observed.moment.value
     except InputError as error:
         raise InputError(f"the input of {name}: {error}; choose --method rtn") from error
+
+
+CANDIDATES = (  # strength, residual: see docs/log-accuracy.md
+    (0.5, 1.0),
+    (0.0, 0.0),
+    (0.5, 0.0),
+    (1.0, 1.0),
+)
+
+
+def _solved(
+    w: Tensor, scheme: QuantScheme, observed: Statistics | None, log: LayerLog, moment: Tensor | None, name: str
+) -> tuple[Solution, str]:
+    """(solution, method used) for w [N, K], aimed at the original's outputs where both models were observed."""
+    recipe = log.recipe
+    if recipe.correction is None or moment is None or observed is None or observed.shift is None:
+        return log.solve(w, scheme, moment, name)
+    seen = observed.moments(moment)
+    if recipe.method != "chosen" or observed.held_out is None or observed.held_out.moment is None:
+        return log.solve(seen.aim(w, recipe.correction), scheme, moment, name)
+    held_out = observed.held_out.moments(observed.held_out.moment.value)
+    options = [(recipe.gptq, replace(recipe.correction, strength=s, residual=r)) for s, r in CANDIDATES]
+    columns = columns_for(w.device)
+    return solve_best(w, seen, held_out, scheme.weights, log.scale_dtype, options, columns), recipe.method
 
 
 def _static_grid(

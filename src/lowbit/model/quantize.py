@@ -9,6 +9,8 @@ that needs no statistics runs no forward at all.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +18,18 @@ from torch import Tensor, nn
 from lowbit.errors import InputError
 from lowbit.kernels.reference import keeping_decoded
 from lowbit.memory import give_back
+from lowbit.model.aligned import Seen, Twin, residual_sources, twins
 from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
-from lowbit.model.recipe import Recipe
+from lowbit.model.recipe import MOMENT_METHODS, Recipe
 from lowbit.model.select import Selection
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
 from lowbit.observe.capture import StopForward, find_blocks
 from lowbit.observe.endings import Replays, replaying
 from lowbit.observe.inputs import ExpertInput, expert_inputs, input_groups
+from lowbit.observe.moments import CrossMoment
 
+HELD_OUT = 6  # one batch in so many judges the candidates of effort 3
 MAX_STAGES = 8  # a block whose experts are linears of their own would else run one forward for each of them
 
 Progress = Callable[[str, int, int], None]
@@ -41,12 +46,13 @@ class Job:
     scale_dtype: torch.dtype
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = lambda stage, done, total: None
+    hidden_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def needs_data(recipe: Recipe, selection: Selection) -> bool:
     """Whether the recipe looks at activations."""
     static = (scheme.activations and not scheme.activations.dynamic for scheme in selection.schemes.values())
-    return recipe.method == "gptq" or any(static)
+    return recipe.method in MOMENT_METHODS or any(static)
 
 
 @torch.no_grad()
@@ -57,16 +63,23 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     """
     log = LayerLog(job.recipe, job.scale_dtype)
     blocks_name, blocks = find_blocks(model)
+    depth = 1 + max(index for index in range(len(blocks)) if index == 0 or _inside(job, f"{blocks_name}.{index}"))
     outside = [name for name in job.selection.schemes if not name.startswith(f"{blocks_name}.")]
-    if needs_data(job.recipe, job.selection):
-        with BlockStream(model, job.batches, job.device) as stream:
+    if job.recipe.correction is not None:
+        with _stream(model, job) as noisy, _stream(model, job) as clean:
+            for twin in islice(twins(noisy, clean), depth):
+                _quantize_twin(twin, _inside(job, twin.noisy.name), log)
+                give_back()
+                job.progress("quantizing", twin.noisy.index + 1, depth)
+    elif needs_data(job.recipe, job.selection):
+        with _stream(model, job) as stream:
             freed = 0
-            for block in stream:
+            for block in islice(stream, depth):
                 before = _bytes(block.module)
                 _quantize_observed(block, _inside(job, block.name), log, freed)
                 freed += before - _bytes(block.module)
                 give_back()
-                job.progress("quantizing", block.index + 1, len(blocks))
+                job.progress("quantizing", block.index + 1, depth)
     else:
         for index, module in enumerate(blocks):
             _quantize_blind(module, f"{blocks_name}.{index}", _inside(job, f"{blocks_name}.{index}"), log)
@@ -74,6 +87,10 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     for name in outside:
         solve_linears(model, "", [name], job.selection.schemes[name], None, log)
     return log
+
+
+def _stream(model: nn.Module, job: Job) -> BlockStream:
+    return BlockStream(model, job.batches, job.device, job.hidden_device)
 
 
 def _inside(job: Job, block: str) -> dict[str, QuantScheme]:
@@ -122,6 +139,66 @@ def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: Layer
             solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
         if not block.is_last:
             block.advance()
+
+
+def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -> None:
+    """Quantize a block whose inputs are seen beside the original's; experts without that comparison."""
+    block = twin.noisy
+    linears, experts = _split(block.module, schemes)
+    groups, idle = input_groups(block, linears)
+    correction = log.recipe.correction
+    assert correction is not None
+    if correction.residual:
+        twin.sources = residual_sources(twin.clean, linears)
+    steps = [[group] for group in groups] if correction.sequential else [groups]
+    for step in steps:
+        statistics = _observe_twin(twin, step, idle, schemes, log)
+        for group in step:
+            _solve_group(block, group, schemes, statistics.get(group[0]), log)
+    expert_statistics = _observe_experts(block, experts, schemes, log) if experts else {}
+    for name in experts:
+        solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
+
+
+def _observe_twin(
+    twin: Twin, groups: list[list[str]], idle: list[str], schemes: dict[str, QuantScheme], log: LayerLog
+) -> dict[str, Statistics]:
+    """Statistics of each group's input in both streams, by its first linear."""
+    block = twin.noisy
+    held_out = block.batches // HELD_OUT if log.recipe.method == "chosen" else 0
+    leads = [group[0] for group in groups if group[0] not in idle]
+    statistics: dict[str, Statistics] = {}
+    for name in leads:
+        linear = cast("nn.Linear", block.module.get_submodule(name))
+        statistics[name] = _twin_statistics(linear, schemes[name], name in twin.sources, log)
+        if held_out:
+            statistics[name].held_out = _twin_statistics(linear, schemes[name], name in twin.sources, log)
+
+    def receive(name: str, batch: int, clean: Seen, noisy: Seen) -> None:
+        observed = statistics[name]
+        if batch >= block.batches - held_out and observed.held_out is not None:
+            observed = observed.held_out
+        try:
+            observed.update(noisy.x)
+            if observed.shift is not None:
+                observed.shift.update(clean.x - noisy.x, noisy.x)
+            if observed.residual is not None and clean.residual is not None and noisy.residual is not None:
+                observed.residual.update(clean.residual - noisy.residual, noisy.x)
+        except InputError as error:
+            raise InputError(f"the input of {block.name}.{name}: {error}") from error
+
+    if leads:
+        twin.observe(leads, receive)
+    return statistics
+
+
+def _twin_statistics(linear: nn.Linear, scheme: QuantScheme, writes_residual: bool, log: LayerLog) -> Statistics:
+    device = linear.weight.device
+    observed = log.statistics(linear.in_features, scheme, device)
+    observed.shift = CrossMoment(linear.in_features, linear.in_features, device)
+    if writes_residual:
+        observed.residual = CrossMoment(linear.out_features, linear.in_features, device)
+    return observed
 
 
 def _stages(groups: list[list[str]]) -> list[list[list[str]]]:

@@ -2,31 +2,49 @@
 
     rtn          nearest code, scales from the smallest and largest weight; needs no data
     rtn-clip     nearest code, scales by clip search on |error|^2.4; needs no data
+    rtn-weighted nearest code, scales by clip search weighted with the inputs' mean squares
     gptq         error feedback on the second moment of the inputs, scales searched under its diagonal
+    aligned      gptq, aimed at what the original model computes (algorithms/correction.py), then polished
+    chosen       several aligned candidates, each row by the best of them on tokens that no candidate saw
+    learned      aligned, then rounding, scales and norms learned by the gradient of KL (model/learn.py)
 
-Written METHOD:SCHEME, as in "gptq:w4a16-g64".
+Written METHOD:SCHEME, as in "gptq:w4a16-g64". `--effort` names a rung of EFFORTS instead of a method, and then the
+result is compared with that of the rung below (effort.py).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from lowbit.algorithms.correction import Correction
 from lowbit.algorithms.gptq import GptqOptions
 from lowbit.errors import InputError, SchemeError
+from lowbit.model.learn import Learning
 from lowbit.model.select import Rule
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 
-METHODS = ("rtn", "rtn-clip", "gptq")
+METHODS = ("rtn", "rtn-clip", "rtn-weighted", "gptq", "aligned", "chosen", "learned")
+ALIGNED_METHODS = ("aligned", "chosen", "learned")
+MOMENT_METHODS = ("rtn-weighted", "gptq", *ALIGNED_METHODS)
+POLISH = 2  # rounds; a third takes a tenth of what two took (docs/log-accuracy.md)
+EFFORTS = ("rtn", "rtn-weighted", "aligned", "chosen", "learned")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `lowbit.quantize` does to a model. observer finds the ranges of static activations."""
+    """What `lowbit.quantize` does to a model. observer finds the ranges of static activations.
+
+    effort: the rung that was asked for, None where a method was named. Methods that need a correction or learning get
+    the usual one where none is given.
+    """
 
     scheme: QuantScheme = field(default_factory=lambda: QuantScheme.parse("w4a16-g64"))
     method: str = "gptq"
     rules: tuple[Rule, ...] = ()
     observer: str = "mse"
     gptq: GptqOptions = field(default_factory=GptqOptions)
+    correction: Correction | None = None
+    learning: Learning | None = None
+    effort: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -44,6 +62,24 @@ class Recipe:
             raise SchemeError(
                 "nf4 and fp4 are written as bitsandbytes writes them and can't stand beside other schemes"
             )
+
+        if self.method in ALIGNED_METHODS and self.correction is None:
+            object.__setattr__(self, "correction", Correction())
+            object.__setattr__(self, "gptq", replace(self.gptq, polish=self.gptq.polish or POLISH))
+        if self.method == "learned" and self.learning is None:
+            object.__setattr__(self, "learning", Learning())
+
+    @classmethod
+    def at_effort(
+        cls, scheme: QuantScheme, effort: int, rules: tuple[Rule, ...] = (), observer: str = "mse"
+    ) -> "Recipe":
+        """The recipe of rung 0 to 4. nf4, fp4 and fp8 have one rung, rounding. Raises InputError."""
+        if not 0 <= effort < len(EFFORTS):
+            raise InputError(
+                f"there is no effort {effort}; choose one of 0 to {len(EFFORTS) - 1}: {', '.join(EFFORTS)}"
+            )
+        effort = effort if scheme.weights.format.kind == "int" else 0
+        return cls(scheme, EFFORTS[effort], rules, observer, effort=effort)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":

@@ -94,6 +94,11 @@ def per_element(parameter: Tensor, scheme: TensorScheme) -> Tensor:
     return parameter.repeat_interleave(scheme.group_size, dim=-1)  # [..., K/G] -> [..., K]
 
 
+def per_column(parameter: Tensor, scheme: TensorScheme, shape: tuple[int, ...]) -> Tensor:
+    """A scale or zero-point of a weight [N, K] for solvers that walk along K: float32 [K, N], contiguous."""
+    return per_element(parameter.float(), scheme).expand(shape).T.contiguous()  # [N, K] -> [K, N]
+
+
 def encode(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:
     """Nearest codes of x [..., K] under scale: int8 [..., K] (float8_e4m3fn where the format is fp8)."""
     grouped, like = group_view(x.float(), scheme), _spread(scale.float(), x, scheme)

@@ -53,6 +53,11 @@ class Block:
         return self._stream.hidden_device
 
     @property
+    def batches(self) -> int:
+        """How many batches the stream runs."""
+        return len(self._stream.batches)
+
+    @property
     def is_last(self) -> bool:
         return self.index + 1 == len(self._stream)
 

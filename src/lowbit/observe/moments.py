@@ -67,6 +67,29 @@ class SecondMoment:
         return moment
 
 
+class CrossMoment:
+    """Accumulates E[d x^T] over tokens on device, d [..., N] beside x [..., K]: what of d is linear in x."""
+
+    def __init__(self, rows: int, in_features: int, device: torch.device = _CPU) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(rows, in_features, device=device)
+
+    def update(self, d: Tensor, x: Tensor) -> None:
+        """Add the tokens of d [..., N] and x [..., K], any floating dtype. Raises InputError where d is not finite."""
+        d = d.detach().reshape(-1, d.shape[-1])  # [..., N] -> [M, N]
+        x = x.detach().reshape(-1, x.shape[-1])  # [..., K] -> [M, K]
+        if x.shape[0] == 0:
+            return
+        finite_range(d)
+        self._sum.addmm_(d.to(self._sum.device, torch.float32).T, x.to(self._sum.device, torch.float32))
+        self.tokens += x.shape[0]
+
+    @property
+    def value(self) -> Tensor:
+        """E[d x^T], float32 [N, K]; zeros when no token was seen."""
+        return self._sum / max(self.tokens, 1)
+
+
 class AbsMax:
     """The largest magnitude of each channel over all tokens: `value` float32 [K], zero where none was seen."""
 

@@ -1,0 +1,118 @@
+"""Polish: lower a solved layer's output error further, with codes and scales taking turns.
+
+Both steps minimize  f = sum_n (w^_n - w_n) H (w^_n - w_n)^T,  H = E[x x^T],  w^ = (q - zero) scale,  rows independent.
+
+    descend   one column at a time, all others fixed: q_j = round(zero + (w^_j - (E H)_j / H_jj) / scale), E = w^ - w.
+              GPTQ lets only later columns answer an error; here every column answers all others
+              (cyclic coordinate descent, as in QuantEase, arXiv:2309.01885)
+    refit     codes fixed, w^ is linear in the scales: K/G least-squares equations a row,
+              A_gh = u_g H_gh u_h^T,  b_g = u_g (H w)_g,  u = q - zero, then rounded to the stored dtype
+
+A row keeps a new solution only where its f fell, so polish never makes a row worse. On 12 layers of SmolLM2 three
+rounds take 7 to 9 % off GPTQ's f (docs/log-accuracy.md).
+"""
+
+import torch
+from torch import Tensor
+
+from lowbit.algorithms.columns import PANEL, Columns
+from lowbit.numerics.affine import decode, group_view, per_column
+from lowbit.numerics.scheme import TensorScheme
+
+CHUNK = 1 << 26  # numbers in the largest intermediate of a refit
+
+
+def polish(
+    w: Tensor,
+    moment: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: TensorScheme,
+    order: Tensor,
+    rounds: int,
+    columns: Columns,
+) -> tuple[Tensor, Tensor]:
+    """(q, scale) after `rounds` of refit and descent and one refit more, each row at least as good as it was.
+
+    w [N, K] float32; moment [K, K]; q int8 [N, K]; order [K]: in which columns descend.
+    """
+    best = row_errors(decode(q, scale, zero, scheme) - w, moment)
+    for step in range(2 * rounds + 1):
+        new_q, new_scale = q, scale
+        if step % 2:
+            new_q = descend(w, moment, q, scale, zero, scheme, order, columns)
+        else:
+            new_scale = refit_scale(w, moment, q, scale, zero, scheme)
+        error = row_errors(decode(new_q, new_scale, zero, scheme) - w, moment)
+        whole = scheme.granularity == "tensor"  # one scale: the rows stand or fall together
+        better = (error.sum() < best.sum()).expand_as(error) if whole else error < best
+        best = torch.where(better, error, best)
+        q = torch.where(better[:, None], new_q, q)
+        scale = torch.where(better[0] if scale.dim() == 1 else better[:, None], new_scale, scale)
+    return q, scale
+
+
+def row_errors(error: Tensor, moment: Tensor) -> Tensor:
+    """E[(x e^T)^2] for each row e of error [N, K]: float32 [N]."""
+    return torch.einsum("nk,nk->n", error @ moment, error)
+
+
+def refit_scale(
+    w: Tensor, moment: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme
+) -> Tensor:
+    """The scales that minimize f with these codes, in scale's shape and dtype.
+
+    A scale stays as it was where its codes are all zero, or where the new one has another sign or is not finite.
+    """
+    u = group_view(q.float(), scheme)
+    u = u if zero is None else u - zero.float().unsqueeze(-1)
+    rows, columns = w.shape
+    u = u.reshape(rows, -1, columns if scheme.granularity == "tensor" else u.shape[-1])  # [N, K/G, G]
+    chunk = max(CHUNK // (u.shape[1] * columns), 1)
+    left = torch.cat([_group_products(part, moment) for part in u.split(chunk)]).double()  # [N, K/G, K/G]
+    right = ((w @ moment).view_as(u) * u).sum(-1).double()  # [N, K/G]
+    if scheme.granularity == "tensor":
+        left, right = left.sum(0, keepdim=True), right.sum(0, keepdim=True)
+    diagonal = left.diagonal(dim1=1, dim2=2)
+    empty = diagonal <= 0
+    ridge = torch.where(empty, 1.0, 1e-6 * diagonal)  # H need not be definite
+    solved = torch.linalg.solve(left + torch.diag_embed(ridge), right)
+    fitted = solved.reshape(scale.shape).to(scale.dtype)
+    keep = empty.reshape(scale.shape) | ~fitted.isfinite() | (fitted * scale.sign() <= 0)
+    return torch.where(keep, scale, fitted)
+
+
+def _group_products(u: Tensor, moment: Tensor) -> Tensor:
+    """u_g H_gh u_h^T for u [N, K/G, G]: [N, K/G, K/G]."""
+    size = u.shape[-1]
+    reach = [u[:, g] @ moment[g * size : (g + 1) * size] for g in range(u.shape[1])]
+    return torch.einsum("nhga,nga->nhg", torch.stack(reach, 1).unflatten(-1, (-1, size)), u)  # [N, K/G, K/G, G]
+
+
+def descend(
+    w: Tensor,
+    moment: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: TensorScheme,
+    order: Tensor,
+    columns: Columns,
+) -> Tensor:
+    """Codes int8 [N, K] after each column, in this order, took the best code beside all the others."""
+    steps = per_column(scale, scheme, w.shape)[order]  # [K, N]
+    shifts = torch.zeros_like(steps) if zero is None else per_column(zero, scheme, w.shape)[order]
+    codes = q.T[order].float()
+    moment = moment[order][:, order]
+    gradient = moment @ ((codes - shifts) * steps - w.T[order])  # [K, N]
+    for start in range(0, len(order), PANEL):
+        part = slice(start, min(start + PANEL, len(order)))
+        found, moved = columns.descend_panel(
+            gradient[part], moment[part, part], codes[part], steps[part], scheme.format
+        )
+        codes[part] = found
+        gradient.addmm_(moment[:, part], moved)
+    natural = torch.empty_like(q.T)
+    natural[order] = codes.to(torch.int8)
+    return natural.T.contiguous()  # [K, N] -> [N, K]

@@ -1,0 +1,96 @@
+"""Run a recipe, and hold it to its rung: never worse than the rung below.
+
+A recipe that came from `--effort` keeps some calibration windows apart. The rung below is run too, on a copy of the
+model; both are judged by KL on the windows kept apart, and the lower one stays. The report says which, and the numbers.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowbit import judge
+from lowbit.model.layers import LayerLog
+from lowbit.model.learn import Learning, learn
+from lowbit.model.quantize import Job, batched, quantize_blocks
+from lowbit.model.recipe import Recipe
+from lowbit.observe.tokens import Tokens
+
+SHARE, MOST = 8, 8  # one calibration window in 8 is kept apart, at most 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The recipe whose result the model now holds, and what happened on the way."""
+
+    recipe: Recipe
+    log: LayerLog
+
+
+def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
+    """Quantize `model` in place by job.recipe; ids int64 [samples, T]: the calibration tokens, None without any.
+
+    job.batches are made here. With fewer than 8 windows nothing is kept apart and no rungs are compared.
+    """
+    apart = 0 if ids is None else min(len(ids) // SHARE, MOST)
+    if not job.recipe.effort or not apart or ids is None:
+        return Outcome(job.recipe, _run_one(model, job, ids))
+    kept, held_out = ids[:-apart], Tokens(ids[-apart:], "calibration windows kept apart")
+    model.to(job.device)  # type: ignore[arg-type]
+    reference = judge.Reference.of(model, held_out)
+    model.to("cpu")  # type: ignore[arg-type]
+    lower = Recipe.at_effort(job.recipe.scheme, job.recipe.effort - 1, job.recipe.rules, job.recipe.observer)
+    other = copy.deepcopy(model)
+    lower_log = _run_one(other, replace(job, recipe=lower), kept)
+    log = _run_one(model, job, kept)
+    found, below = _distance(model, reference), _distance(other, reference)
+    words = f"effort {job.recipe.effort} ({job.recipe.method}) reached KL {found:.4f} on {apart} windows kept apart, "
+    words += f"effort {lower.effort} ({lower.method}) {below:.4f}"
+    if below < found:
+        _become(model, other)
+        lower_log.warnings.append(f"{words}: effort {lower.effort} was kept")
+        return Outcome(lower, lower_log)
+    log.notes.append(words)
+    return Outcome(job.recipe, log)
+
+
+def _distance(model: PreTrainedModel, reference: judge.Reference) -> float:
+    """KL to the reference; the model is on its device meanwhile, and on the CPU afterwards."""
+    model.to(reference.device)  # type: ignore[arg-type]
+    kld = judge.fidelity(model, reference).kld
+    model.to("cpu")  # type: ignore[arg-type]
+    return kld
+
+
+def _run_one(model: PreTrainedModel, job: Job, ids: Tensor | None) -> LayerLog:
+    batches: Sequence[Tensor] = [] if ids is None else list(batched(ids))
+    learning = job.recipe.learning
+    original = copy.deepcopy(model) if learning is not None else None
+    log = quantize_blocks(model, replace(job, batches=batches))
+    if learning is not None and original is not None and ids is not None:
+        _learn(model, original, job, ids, learning, log)
+    return log
+
+
+def _learn(
+    model: PreTrainedModel, original: PreTrainedModel, job: Job, ids: Tensor, learning: Learning, log: LayerLog
+) -> None:
+    for part in (model, original):
+        part.to(job.device)  # type: ignore[arg-type]
+    with torch.enable_grad():
+        learned = learn(model, original, ids, learning, job.progress)
+    model.to("cpu")  # type: ignore[arg-type]
+    log.rewritten |= learned.rewritten
+    if learned.step:
+        words = f"lowered KL on windows kept apart from {learned.before:.4f} to {learned.after:.4f}"
+        log.notes.append(f"learning {words} (step {learned.step} of {learning.steps})")
+    else:
+        log.warnings.append(f"learning found nothing better than KL {learned.before:.4f} on windows kept apart")
+
+
+def _become(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Make `model` hold the modules and parameters of `other`."""
+    model._modules, model._parameters, model._buffers = other._modules, other._parameters, other._buffers

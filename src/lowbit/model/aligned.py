@@ -1,0 +1,140 @@
+"""Observe a block twice in lockstep: on what the original model gives it, and on what the quantized model gives it.
+
+Two streams walk the same model. The clean one keeps the original hidden states and runs a copy of each block, taken
+before it is quantized; the noisy one runs the block itself. For each input of a linear the moments of the noisy x~ and
+of the difference x - x~ are collected, and for linears that write to the residual stream those of the difference there.
+
+Which linears do is found numerically, in one forward of the block: with h the block's input and y a linear's output,
+h + y is the input of another module or the block's output; or the block's output less y is another module's input.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.observe.blocks import Block, BlockStream, hidden_states
+from lowbit.observe.capture import StopForward
+
+BLOCK_INPUT = ""  # the name that stands for the block's own input in `residual_sources`
+
+
+class Seen(NamedTuple):
+    """x [..., K], the input of a linear, and r [..., N], the residual stream that its output is added to, if any."""
+
+    x: Tensor
+    residual: Tensor | None
+
+
+Receive = Callable[[str, int, Seen, Seen], None]
+"""Called with a linear's name, the batch, what it sees in the original, and what it sees in the quantized model."""
+
+
+class Twin:
+    """One block in both streams. `noisy.module` may be changed; the clean block runs a copy of it."""
+
+    def __init__(self, noisy: Block, clean: Block) -> None:
+        self.noisy, self.clean = noisy, clean
+        clean.module = copy.deepcopy(noisy.module)
+        self.sources: dict[str, str] = {}  # what residual_sources found, where the recipe asks for it
+
+    def observe(self, leads: Sequence[str], receive: Receive) -> None:
+        """Call receive(name, batch, clean, noisy) for each of these linears, in order of execution, and each batch."""
+        for batch in range(self.noisy.batches):
+            clean = _captured(self.clean, batch, leads, self.sources)
+            noisy = _captured(self.noisy, batch, leads, self.sources)
+            for name in leads:
+                if name in clean and name in noisy:
+                    receive(name, batch, clean[name], noisy[name])
+
+
+def _captured(block: Block, batch: int, leads: Sequence[str], sources: dict[str, str]) -> dict[str, Seen]:
+    """What each of the leads sees, from one forward that ends at the last of them."""
+    args, kwargs = block.arguments(batch)
+    inputs: dict[str, Tensor] = {BLOCK_INPUT: hidden_input(args, kwargs)}
+    wanted = dict.fromkeys([*leads, *(sources[name] for name in leads if sources.get(name))])
+    with ExitStack() as hooks:
+        for name in wanted:
+            hook = _keep(inputs, name, ends=name == leads[-1])
+            module = block.module.get_submodule(name)
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        try:
+            with torch.no_grad():
+                block.module(*args, **kwargs)
+        except StopForward:
+            pass
+    residual = {name: inputs.get(sources[name]) if name in sources else None for name in leads}
+    return {name: Seen(inputs[name], residual[name]) for name in leads if name in inputs}
+
+
+def _keep(inputs: dict[str, Tensor], name: str, ends: bool) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs[name] = hidden_input(args, kwargs).clone()
+        if ends:
+            raise StopForward
+
+    return hook
+
+
+def hidden_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor among a module's arguments."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+@torch.no_grad()
+def residual_sources(block: Block, linears: Sequence[str]) -> dict[str, str]:
+    """linear -> module whose input is the residual stream that the linear's output is added to (BLOCK_INPUT: h).
+
+    Linears that do not write to the residual stream are left out; see the module's docstring.
+    """
+    args, kwargs = block.arguments(0)
+    h = hidden_input(args, kwargs).clone()
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name, module in block.module.named_modules():
+            if name and not any(module.children()):
+                keep = _keep(inputs, name, ends=False)
+                hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        for name in linears:
+            module = block.module.get_submodule(name)
+            hooks.callback(module.register_forward_hook(_keep_output(outputs, name)).remove)
+        result = hidden_states(block.module(*args, **kwargs))
+    h, result = _rows(h), _rows(result)
+    inputs = {name: _rows(x) for name, x in inputs.items()}
+    written = {name: _rows(y) for name, y in outputs.items()}
+    found = {name: _source(h, y, result, inputs) for name, y in written.items() if y.shape == h.shape}
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def _keep_output(outputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
+        outputs[name] = output.clone()
+
+    return hook
+
+
+def _source(h: Tensor, y: Tensor, result: Tensor, inputs: dict[str, Tensor]) -> str | None:
+    if any(_same(h + y, candidate, y) for candidate in (*inputs.values(), result)):
+        return BLOCK_INPUT
+    return next((name for name, x in inputs.items() if _same(x, result - y, y)), None)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])  # [b, T, K] -> [b T, K]; some blocks (OPT) do so halfway
+
+
+def _same(a: Tensor, b: Tensor, y: Tensor) -> bool:
+    """Whether a and b differ by less than a twentieth of y, on average: by the rounding of a sum with y, that is."""
+    return a.shape == b.shape and bool((a - b).float().abs().mean() <= 0.05 * y.float().abs().mean())
+
+
+def twins(noisy: BlockStream, clean: BlockStream) -> Iterator[Twin]:
+    """The blocks of two streams over one model, side by side."""
+    for left, right in zip(noisy, clean, strict=True):
+        yield Twin(left, right)
+        if right.index + 1 < len(clean):
+            right.advance()

@@ -1,0 +1,172 @@
+"""Learn the rounding: all layers together, by the gradient of what counts, KL(original || quantized) on given text.
+
+A solver's result is the start. Every code may move to a neighbour and every scale and norm gain a little
+(nn/rounding.py); each step takes `windows` calibration windows, the last ones are held out, and the state with the
+lowest KL there is kept: learning never returns a model that is worse on them than the one it was given.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import InputError
+from lowbit.nn.linear import QuantLinear
+from lowbit.nn.rounding import RoundingLinear
+from lowbit.numerics.metrics import kl_divergence
+
+
+@dataclass(frozen=True)
+class Learning:
+    """steps of `windows` windows each; rates are the first step's, falling linearly to zero.
+
+    rate moves codes, in steps of the grid; gain_rate and norm_rate are relative. held_out: windows that judge, fewer
+    where there are few. stored: the dtype in which norms will be written.
+    """
+
+    steps: int = 300
+    windows: int = 4
+    rate: float = 0.005
+    gain_rate: float = 0.0005
+    norm_rate: float = 0.0005
+    held_out: int = 8
+    checks: int = 10
+    sign: bool = False
+    seed: int = 0
+    stored: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Learned:
+    """KL on the held-out windows before and after, the step that was kept, and the float parameters that changed."""
+
+    before: float
+    after: float
+    step: int
+    rewritten: frozenset[str] = frozenset()
+
+
+def learn(
+    model: nn.Module,
+    original: nn.Module,
+    ids: Tensor,
+    options: Learning,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Learned:
+    """Improve the quantized layers of `model` in place; ids [samples, T]; original is the float model, on its device.
+
+    Layers that are not integers are left alone. The norms of the model are learned as far as they are 1-D parameters.
+    """
+    apart = min(options.held_out, len(ids) // 4)
+    if not apart:
+        raise InputError(f"learning needs 4 or more calibration windows to judge itself, not {len(ids)}: --samples 64")
+    train, held_out = ids[:-apart], ids[-apart:]
+    softened = _soften(model, original)
+    groups = _parameters(model, softened, options)
+    best = before = _held_out(model, original, held_out)
+    best_state, best_step = _state(groups), 0
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / options.steps, 0.0))
+    order = _order(len(train), options)
+    every = max(options.steps // options.checks, 1)
+    for step in range(1, options.steps + 1):
+        batch = train[next(order)].to(next(model.parameters()).device)
+        optimizer.zero_grad()
+        _divergence(model, original, batch).mean().backward()
+        if options.sign:
+            _sign_step(optimizer)
+        else:
+            optimizer.step()
+        schedule.step()
+        if step % every == 0:
+            now = _held_out(model, original, held_out)
+            if now < best:
+                best, best_state, best_step = now, _state(groups), step
+            progress("learning", step, options.steps)
+    _restore(groups, best_state)
+    for name, layer in softened.items():
+        _put(model, name, layer.solved())
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    rewritten = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
+    for parameter in rewritten.values() if best_step else ():
+        parameter.data = parameter.data.to(options.stored).to(parameter.dtype)
+    return Learned(before, best, best_step, frozenset(rewritten) if best_step else frozenset())
+
+
+def _soften(model: nn.Module, original: nn.Module) -> dict[str, RoundingLinear]:
+    """Replace each integer QuantLinear by a RoundingLinear; name -> layer."""
+    found = {}
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear) and layer.scheme.weights.format.kind == "int":
+            found[name] = RoundingLinear(layer, original.get_submodule(name).get_parameter("weight"))
+            _put(model, name, found[name])
+    return found
+
+
+def _parameters(model: nn.Module, softened: dict[str, RoundingLinear], options: Learning) -> list[dict[str, Any]]:
+    """The optimizer's groups; everything else is frozen."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    codes = [layer.v for layer in softened.values()]
+    gains = [layer.gain for layer in softened.values()]
+    learned = {id(parameter) for parameter in (*codes, *gains)}
+    norms = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1 and not name.endswith("bias") and id(parameter) not in learned
+    ]
+    groups = [(codes, options.rate), (gains, options.gain_rate), (norms, options.norm_rate)]
+    kept = [(parameters, rate) for parameters, rate in groups if parameters and rate > 0]
+    for parameters, _ in kept:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return [{"params": parameters, "lr": rate} for parameters, rate in kept]
+
+
+def _order(samples: int, options: Learning) -> Iterator[Tensor]:
+    """Batches of window numbers, a new permutation whenever all were seen."""
+    generator = torch.Generator().manual_seed(options.seed)
+    while True:
+        yield from torch.randperm(samples, generator=generator).split(min(options.windows, samples))
+
+
+def _divergence(model: nn.Module, original: nn.Module, batch: Tensor) -> Tensor:
+    """KL(original || model) of each token of batch [b, T]: [b, T] float32."""
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type == "cuda"):
+        with torch.no_grad():
+            wanted = original(input_ids=batch, use_cache=False).logits
+        logits = model(input_ids=batch, use_cache=False).logits
+    return kl_divergence(wanted, logits)
+
+
+@torch.no_grad()
+def _held_out(model: nn.Module, original: nn.Module, ids: Tensor) -> float:
+    device = next(model.parameters()).device
+    sums = [_divergence(model, original, batch.to(device)).sum() for batch in ids.split(4)]
+    return torch.stack(sums).sum().item() / ids.numel()
+
+
+@torch.no_grad()
+def _sign_step(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+
+
+def _state(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    return [parameter.detach().clone() for group in groups for parameter in group["params"]]
+
+
+@torch.no_grad()
+def _restore(groups: Sequence[dict[str, Any]], state: list[Tensor]) -> None:
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for parameter, kept in zip(parameters, state, strict=True):
+        parameter.copy_(kept)
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
