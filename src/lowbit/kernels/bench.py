@@ -62,11 +62,12 @@ def measure_ceilings() -> Ceilings:
     """The ceilings of the current device."""
     source = torch.empty(1 << 28, device="cuda").normal_()
     target = torch.empty_like(source)
-    read = source.nbytes / graph_us([lambda: source.sum()])
-    copy = 2 * source.nbytes / graph_us([lambda: target.copy_(source)])
-    del source, target
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=Dtype) for _ in range(2))
-    return Ceilings(read / 1e6, copy / 1e6, 2 * 8192**3 / graph_us([lambda: a @ b]) / 1e6)
+    return Ceilings(
+        source.nbytes / graph_us([lambda: source.sum()]) / 1e6,
+        2 * source.nbytes / graph_us([lambda: target.copy_(source)]) / 1e6,
+        2 * 8192**3 / graph_us([lambda: a @ b]) / 1e6,
+    )
 
 
 def random_weight(scheme: QuantScheme, shape: tuple[int, int], seed: int) -> PackedWeight:
