@@ -12,6 +12,7 @@ from lowbit.cli.app import STDERR, STDOUT, benches
 from lowbit.errors import InputError
 from lowbit.kernels import bench
 
+
 def _chosen(text: str, known: list[str], what: str) -> list[str]:
     chosen = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in known]:

@@ -1,7 +1,9 @@
 // The instructions that the kernels of this folder share, in PTX, so that no CUDA header is needed.
 //
 // XTYPE chooses the 16-bit type of activations: 0 fp16, 1 bf16. `half2x` below is two of them in 32 bits.
+// tests/kernels/cuda/emulated.hpp defines the same functions in C++, so that the kernels also run where no GPU is.
 #pragma once
+#ifndef EMULATED
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -13,6 +15,8 @@ typedef unsigned long long u64;
 #endif
 
 #define DEVICE __device__ __forceinline__
+
+#define SHARED_MEMORY(alignment) extern __shared__ __align__(alignment) u8 shared[]
 
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
@@ -56,6 +60,36 @@ DEVICE u32 sub2(u32 a, u32 b) {
     asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
 #endif
     return d;
+}
+
+// ---- bits ----
+// a & mask | b in one instruction; b must come from a register, for only one operand may be a constant
+template <u32 MASK>
+DEVICE u32 masked(u32 a, u32 b) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "n"(MASK), "r"(b));
+    return d;
+}
+
+// ~a & mask | b
+template <u32 MASK>
+DEVICE u32 masked_not(u32 a, u32 b) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xAE;" : "=r"(d) : "r"(a), "n"(MASK), "r"(b));
+    return d;
+}
+
+// a constant that the compiler keeps in a register
+DEVICE u32 opaque(u32 constant) {
+    u32 d;
+    asm volatile("mov.u32 %0, %1;" : "=r"(d) : "r"(constant));
+    return d;
+}
+
+DEVICE u32 load_shared(u32 address) {
+    u32 word;
+    asm("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));
+    return word;
 }
 
 // ---- tensor cores: d[16,8] += a[16,16] b[16,8], fp32 sums ----
@@ -154,8 +188,14 @@ DEVICE void copy_16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+DEVICE void copy_16_or_zeros(u32 to, const void* from, bool valid) {
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int PENDING>
 DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 #endif
+#endif  // EMULATED

@@ -39,7 +39,7 @@ constexpr int FITTING = FRONT_BYTES / (STEP_BYTES * STAGES);
 constexpr int FRONT = IS_LUT && RING_BYTES ? (FITTING < WARPS ? FITTING : WARPS) : 0;
 constexpr int BARRIER_BYTES = (8 * STAGES * WARPS + 15) / 16 * 16;
 
-extern __shared__ __align__(16) u8 shared[];
+SHARED_MEMORY(16);
 
 // in a cluster the upper byte of a shared address is the block's rank: keep it (without: "illegal instruction")
 DEVICE u32 table_address() { return (shared_address(shared) & 0xFF000000u) + TABLE_ADDRESS; }

@@ -53,28 +53,6 @@ DEVICE void load_codes(u32 (&words)[HALF_WORDS], const u8* record, int half, int
     }
 }
 
-// a & mask | magic in one instruction; the magic number must come from a register, for only one operand may be a constant
-template <u32 MASK>
-DEVICE u32 masked(u32 a, u32 magic) {
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "n"(MASK), "r"(magic));
-    return d;
-}
-
-// (~a & mask) | magic
-template <u32 MASK>
-DEVICE u32 masked_not(u32 a, u32 magic) {
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xAE;" : "=r"(d) : "r"(a), "n"(MASK), "r"(magic));
-    return d;
-}
-
-DEVICE u32 opaque(u32 constant) {
-    u32 d;
-    asm volatile("mov.u32 %0, %1;" : "=r"(d) : "r"(constant));
-    return d;
-}
-
 // What a decoded operand exceeds the code by; with the zero-point it is taken off afterwards, times the sum of x:
 //   sum (u + MAGIC_VALUE) x - (zero + MAGIC_VALUE) sum x = sum (u - zero) x
 constexpr float MAGIC_VALUE = FORMAT == 8 && XTYPE ? -128.f : XTYPE ? 128.f : 1024.f;
@@ -98,14 +76,13 @@ DEVICE Pair load_scales(const u8* record, int group, int g) {
     return {from_f16(static_cast<u16>(pair)), from_f16(static_cast<u16>(pair >> 16))};
 }
 
-// operand A of step j (0..3) of a half; magic: MAGIC in a register; table: TABLE_ADDRESS + 4 lane, LUT only
+// operand A of step j (0..3) of a half; magic: MAGIC in a register; table: address of the lane's column, LUT only
 DEVICE void decode(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, u32 magic, u32 table) {
     if constexpr (IS_LUT) {
         u32 w = words[j];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            u32 address = masked<0x7F80u>(i == 0 ? w << 7 : w >> (8 * i - 7), table);
-            asm("ld.shared.b32 %0, [%1];" : "=r"(a[i]) : "r"(address));
+            a[i] = load_shared(masked<0x7F80u>(i == 0 ? w << 7 : w >> (8 * i - 7), table));
         }
     } else if constexpr (FORMAT == 4 || FORMAT == 2) {
         u32 w = FORMAT == 4 ? words[j] : words[j / 2];

@@ -14,6 +14,7 @@
 // Each warp has a ring of records of its own strip, filled by the copy engine before the kernel before has ended.
 // Block (unit, split, token tile); splits > 1 write float32 partial sums, which `wna16_sum` of wna16_mma.cu adds.
 // Codes are exact in the products (the zero-point is taken off first), a group's sum is scaled when it is complete.
+#include "wgmma_half.cuh"
 #include "wna16_record.cuh"
 
 // TOKENS 16, 32 or 64; WEIGHT_STAGES records and X_STAGES tiles in flight
@@ -25,49 +26,7 @@ constexpr int TABLE_AT = BARRIERS_AT + WARPS * WEIGHT_STAGES * 8;  // [16 levels
 constexpr int SUMS = TOKENS / 2;  // accumulators of a thread
 constexpr int OUT_PITCH = UNIT_ROWS + 8;
 
-extern __shared__ __align__(1024) u8 shared[];
-
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-
-// 128-byte swizzle, K-major: 8 rows of 128 bytes repeat every 1024 bytes
-DEVICE u64 descriptor_of(u32 address) {
-    return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3FFFF) >> 4);
-}
-
-#if XTYPE
-#define TYPES "f32.bf16.bf16"
-#else
-#define TYPES "f32.f16.f16"
-#endif
-#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define A_B "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)
-
-// d[64, TOKENS] = (add ? d : 0) + a[64, 16] b[16, TOKENS]
-DEVICE void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 b, int add) {
-#if TOKENS == 16
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16." TYPES " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;\n}"
-                 : D8(0) : A_B);
-#elif TOKENS == 32
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16." TYPES
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;\n}"
-                 : D8(0), D8(8) : A_B);
-#else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16." TYPES
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}"
-                 : D8(0), D8(8), D8(16), D8(24) : A_B);
-#endif
-}
-
-DEVICE void copy_16_or_zeros(u32 to, const void* from, bool valid) {
-    int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
+SHARED_MEMORY(1024);
 
 // 128 columns of x from k0, to a stage: row t of tile h at 128 t, its 16-byte piece c at c xor (t mod 8)
 DEVICE void load_x(u32 stage, const u16* x, int tokens, int k0, int K) {
@@ -91,9 +50,8 @@ DEVICE void exact_operand(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, u3
         u32 w = words[j];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            u32 first, second;
-            asm("ld.shared.b32 %0, [%1];" : "=r"(first) : "r"(table + ((w >> (8 * i) & 15) << 7)));
-            asm("ld.shared.b32 %0, [%1];" : "=r"(second) : "r"(table + ((w >> (8 * i + 4) & 15) << 7)));
+            u32 first = load_shared(table + ((w >> (8 * i) & 15) << 7));
+            u32 second = load_shared(table + ((w >> (8 * i + 4) & 15) << 7));
             a[i] = __byte_perm(first, second, 0x5410);
         }
     } else {
@@ -146,7 +104,7 @@ wna16_wgmma(const u8* records, const u16* x, const u16* levels, const float* fac
     u32 parity = 0;
     for (int record = begin; record < end; ++record) {
         copies_wait<X_STAGES - 2>();
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // cp.async wrote, wgmma reads
+        proxy_fence();  // cp.async wrote, wgmma reads
         __syncthreads();  // x has come for all, and all are done with the stage that is filled next
         int ahead = record + X_STAGES - 1, ahead_slot = (x_slot + X_STAGES - 1) % X_STAGES;
         if (ahead < end) load_x(base + ahead_slot * X_STAGE, x, tokens, ahead * RECORD_K, K);
