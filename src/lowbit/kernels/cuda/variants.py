@@ -91,4 +91,12 @@ INT8 = (
         for tokens, rows in ((8, 64), (16, 64), (32, 64), (64, 64), (128, 128))
     ),
 )
-VARIANTS: tuple[Variant, ...] = (*WNA16, *INT8)
+OPTIM = tuple(
+    Variant(
+        "optim_blockwise.cu",
+        "optim_blockwise",
+        (("RULE", rule), ("PARAM", parameter), ("THREADS", 512), ("REPLICAS", 8)),
+    )
+    for rule, parameter in ((0, 0), (1, 1))
+)
+VARIANTS: tuple[Variant, ...] = (*WNA16, *INT8, *OPTIM)
