@@ -12,12 +12,12 @@ from types import FrameType
 
 from transformers.utils import logging as transformers_logging
 
-from lowbit.cli import bench_int8, convert, doctor, finetune, measure, quantize
+from lowbit.cli import bench, bench_int8, convert, doctor, finetune, measure, quantize
 from lowbit.cli.app import STDERR, app
 from lowbit.errors import GateError, LowbitError
 
 _STOPPED = (130, 143)  # what typer makes of Ctrl-C, and _end of SIGTERM
-VERBS = (quantize, measure, bench_int8, finetune, convert, doctor)  # imported for the commands that they register
+VERBS = (quantize, measure, convert, doctor, finetune, bench, bench_int8)  # imported for the commands they register
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ One op serves every scheme: the registry picks the kernel by what the scheme ask
 dequantized, which is what training adapters on a frozen quantized base needs.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ from lowbit.tensors import PackedWeight
 
 _LIBRARY = torch.library.Library("lowbit", "DEF")
 _LIBRARY.define(
+    "dequantize(Tensor like, Tensor[] tensors, str[] names, str scheme, int out_features, int in_features) -> Tensor"
+)
+_LIBRARY.define(
     "quantized_linear(Tensor x, Tensor[] tensors, str[] names, Tensor? bias, Tensor? input_scale, Tensor? input_zero, "
     "str scheme, int out_features, int in_features) -> Tensor"
 )
+
+
+_parsed = cache(QuantScheme.parse)
 
 
 def _quantized_linear(
@@ -34,7 +41,7 @@ def _quantized_linear(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    parsed = QuantScheme.parse(scheme)
+    parsed = _parsed(scheme)
     named = dict(zip(names, tensors, strict=True))
     weight = PackedWeight.from_tensors(named, parsed, (out_features, in_features))
     rows = x.reshape(-1, in_features)  # [..., K] -> [M, K]
@@ -52,6 +59,18 @@ def _quantized_linear_shape(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], arguments[-2])
 
 
+def _dequantize(like: Tensor, tensors: list[Tensor], names: list[str], scheme: str, rows: int, columns: int) -> Tensor:
+    named = dict(zip(names, tensors, strict=True))
+    weight = PackedWeight.from_tensors(named, _parsed(scheme), (rows, columns))
+    return pick("dequantize", like, weight).run(like, weight)
+
+
+def _dequantize_shape(like: Tensor, *arguments: Any) -> Tensor:
+    return like.new_empty(arguments[-2:])
+
+
+_LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+torch.library.register_fake("lowbit::dequantize", _dequantize_shape, lib=_LIBRARY)
 _LIBRARY.impl("quantized_linear", _quantized_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("lowbit::quantized_linear", _quantized_linear_shape, lib=_LIBRARY)
 
@@ -69,15 +88,29 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (dy,) = gradients
-        dx = dy @ ctx.weight.dequantize(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = dy @ dequantize(ctx.weight, dy) if ctx.needs_input_grad[0] else None
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return dx, db, None, None
 
 
+def _named(weight: PackedWeight) -> dict[str, Tensor]:
+    """`weight.tensors()` without the shape, which would be a new tensor at every call."""
+    if not isinstance(weight.scale, Tensor):
+        return weight.tensors()
+    named = {"weight_packed": weight.codes, "weight_scale": weight.scale}
+    return named if weight.zero is None else {**named, "weight_zero_point": weight.zero}
+
+
 def _call(x: Tensor, bias: Tensor | None, weight: PackedWeight, static: tuple[Tensor | None, ...]) -> Tensor:
-    named = weight.tensors()
+    named = _named(weight)
     arguments = (list(named.values()), list(named), bias, *static, str(weight.scheme), *weight.shape)
     return torch.ops.lowbit.quantized_linear(x, *arguments)
+
+
+def dequantize(weight: PackedWeight, like: Tensor) -> Tensor:
+    """The weight [N, K] in the dtype of `like`, by the kernel for its device; `like` is a tensor [M, ...] on it."""
+    named = _named(weight)
+    return torch.ops.lowbit.dequantize(like, list(named.values()), list(named), str(weight.scheme), *weight.shape)
 
 
 def quantized_linear(

@@ -59,6 +59,11 @@ def _decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return kept[key][1]
 
 
+def dequantize(x: Tensor, weight: PackedWeight) -> Tensor:
+    """The weight [N, K] in x's dtype."""
+    return weight.dequantize(x.dtype)
+
+
 def wna16_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [M, K] times the dequantized weight [N, K], transposed: [M, N] in x's dtype."""
     return linear(x, _decoded(weight, x.dtype), bias)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.kernels import cpu, fp8, int8_linear, reference
+from lowbit.kernels import cpu, fp8, int8_linear, reference, wna16_triton
+from lowbit.kernels.cuda import wna16_dequantize, wna16_mma, wna16_wgmma
 from lowbit.kernels.measured import fastest, generation_of
 from lowbit.tensors import PackedWeight
 
@@ -33,7 +34,18 @@ def _runs_anywhere(x: Tensor, weight: PackedWeight) -> None:
 
 
 CANDIDATES: dict[str, tuple[Candidate, ...]] = {
-    "wna16_linear": (Candidate("reference", reference.wna16_linear, _runs_anywhere),),
+    "wna16_linear": (
+        Candidate("cuda_mma", wna16_mma.linear, wna16_mma.refusal),
+        Candidate("cuda_dequantize", wna16_dequantize.linear, wna16_dequantize.refusal),
+        # behind kernels that refuse less, so by name only: it has not run on a GPU yet
+        Candidate("cuda_wgmma", wna16_wgmma.linear, wna16_wgmma.refusal),
+        Candidate("triton_wna16", wna16_triton.linear, wna16_triton.refusal),
+        Candidate("reference", reference.wna16_linear, _runs_anywhere),
+    ),
+    "dequantize": (
+        Candidate("cuda_dequantize", wna16_dequantize.dequantize, wna16_dequantize.refusal),
+        Candidate("reference", reference.dequantize, _runs_anywhere),
+    ),
     "wa8_linear": (
         Candidate("hopper_int8", int8_linear.hopper_linear, int8_linear.hopper_refusal),
         Candidate("triton_int8", int8_linear.triton_linear, int8_linear.triton_refusal),

@@ -118,37 +118,53 @@ class Kernel:
         shared_bytes: int = 0,
         stream: int = 0,
         early: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Enqueue on `stream`, a CUstream as an integer (`current_stream`); tensors are passed as `data_ptr()`.
 
         early: the blocks may start while the kernel before still runs (programmatic dependent launch). The kernel must
         then execute `griddepcontrol.wait` before it touches anything that an earlier kernel reads or writes.
+        cluster: neighbouring blocks along x that share a cluster (sm_90 and later); divides the grid.
         """
         driver = self._driver
         with self._lock:  # the argument buffer is one per kernel
-            config = self._configs.get((grid, block, shared_bytes, early))
+            shape = (grid, block, shared_bytes, early, cluster)
+            config = self._configs.get(shape)
             if config is None:
-                config = self._configs[grid, block, shared_bytes, early] = self._config(
-                    grid, block, shared_bytes, early
-                )
+                config = self._configs[shape] = self._config(*shape)
             config.hStream = stream
             self._layout.pack_into(self._values, 0, *arguments)
             (status,) = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(self._pointers), 0)
         if status:
             _driver_ok((status,))
 
-    def _config(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, early: bool) -> Any:
+    def _config(
+        self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, early: bool, cluster: int
+    ) -> Any:
         driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = block
         config.sharedMemBytes = shared_bytes
+        attributes = []
         if early:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
+            attributes.append(attribute)
+        if cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dimension = attribute.value.clusterDim
+            dimension.x, dimension.y, dimension.z = cluster, 1, 1
+            attributes.append(attribute)
+        config.attrs, config.numAttrs = attributes, len(attributes)
         return config
+
+    def clusters_at_once(self, block: tuple[int, int, int], shared_bytes: int, cluster: int) -> int:
+        """How many clusters of this many blocks the current device can run at the same time."""
+        config = self._config((cluster, 1, 1), block, shared_bytes, False, cluster)
+        return _driver_ok(self._driver.cuOccupancyMaxActiveClusters(self._function, config))
 
 
 @cache

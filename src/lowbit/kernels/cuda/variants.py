@@ -5,6 +5,14 @@ The compile test builds every row for every architecture; a launcher takes its d
 
 from dataclasses import dataclass
 
+import torch
+
+from lowbit.kernels.cuda.wna16_dequantize import dequantize_defines
+from lowbit.kernels.cuda.wna16_layout import NIBBLES, form_defines
+from lowbit.kernels.cuda.wna16_mma import Tile, mma_defines
+from lowbit.kernels.cuda.wna16_wgmma import wgmma_defines
+from lowbit.kernels.layout import FastForm
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -30,7 +38,36 @@ class Variant:
         return None
 
 
-WNA16: tuple[Variant, ...] = ()
+def _wna16() -> tuple[Variant, ...]:
+    """Every code path once: forms of codes, zero-points, small groups, both types of x."""
+    half, bfloat = torch.float16, torch.bfloat16
+    int4, nf4 = FastForm("int4", 32, True), FastForm("lut", 64, False)
+    int8, int2 = FastForm("int8", 128, False), FastForm("int2", 16, True)
+    turing, ampere, hopper = (7, 5), (8, 0), "sm_90a"
+    mma = ((int4, half, 1, 2, turing), (int8, half, 1, 1, turing), (nf4, bfloat, 2, 1, ampere))
+    tensor_cores = "bfloat16 tensor cores came with it"
+    return (
+        *(
+            Variant(
+                "wna16_mma.cu", "wna16_mma", mma_defines(form, dtype, Tile(8, rows, tokens, 2, 1)), least, None, why
+            )
+            for form, dtype, rows, tokens, least in mma
+            for why in [tensor_cores if dtype == bfloat else ""]
+        ),
+        *(
+            Variant(
+                "wna16_wgmma.cu", "wna16_wgmma", wgmma_defines(form, dtype, tile), ampere, hopper, "wgmma is its own"
+            )
+            for form, dtype, tile in ((int4, half, 16), (nf4, bfloat, 32), (int8, bfloat, 64))
+        ),
+        Variant("wna16_layout.cu", "wna16_layout", (*form_defines(int4), ("BITS", 3))),
+        Variant("wna16_layout.cu", "wna16_layout", (*form_defines(nf4), ("BITS", NIBBLES))),
+        Variant("wna16_dequantize.cu", "wna16_dequantize", dequantize_defines(int2, half)),
+        Variant("wna16_dequantize.cu", "wna16_dequantize", dequantize_defines(nf4, bfloat)),
+    )
+
+
+WNA16 = _wna16()
 _MATRIX = "its instructions came with that architecture"
 _WGMMA = "wgmma exists there and nowhere else"
 INT8 = (
@@ -54,4 +91,12 @@ INT8 = (
         for tokens, rows in ((8, 64), (16, 64), (32, 64), (64, 64), (128, 128))
     ),
 )
-VARIANTS: tuple[Variant, ...] = (*WNA16, *INT8)
+OPTIM = tuple(
+    Variant(
+        "optim_blockwise.cu",
+        "optim_blockwise",
+        (("RULE", rule), ("PARAM", parameter), ("THREADS", 512), ("REPLICAS", 8)),
+    )
+    for rule, parameter in ((0, 0), (1, 1))
+)
+VARIANTS: tuple[Variant, ...] = (*WNA16, *INT8, *OPTIM)

@@ -1,0 +1,128 @@
+"""The weight-only kernels' logic where no GPU is, by emulated.hpp; the oracle is the product in float64.
+
+What the emulator can't see: speed, and whether an instruction is used as the hardware wants it. tests/gpu does.
+"""
+
+from collections.abc import Callable
+
+import emulator
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.kernels import layout
+from lowbit.kernels.cuda import wna16_dequantize, wna16_layout, wna16_mma, wna16_wgmma
+from lowbit.kernels.cuda.device import Gpu
+from lowbit.numerics.codebook import levels_of
+from lowbit.numerics.scheme import QuantScheme
+from lowbit.tensors import PackedWeight, storage_of
+
+pytestmark = pytest.mark.skipif(emulator.GXX is None, reason="the emulator needs g++")
+Emulate = Callable[[int, bool], None]
+GPUS = {900: Gpu((9, 0), 2, 232448), 800: Gpu((8, 0), 2, 166912), 750: Gpu((7, 5), 2, 65536)}
+HALF, BFLOAT = torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def emulate(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Emulate:
+    folder = tmp_path_factory.getbasetemp()
+
+    def on(architecture: int, eager: bool) -> None:
+        def load(
+            name: str, function: str, parameters: str, device: torch.device, defines: tuple, shared_bytes: int = 0
+        ):
+            return emulator.EmulatedKernel(name, function, parameters, defines, (architecture, eager, folder))
+
+        for module in (wna16_mma, wna16_wgmma, wna16_dequantize, wna16_layout):
+            monkeypatch.setattr(module, "load_kernel", load)
+            monkeypatch.setattr(module, "current_stream", lambda device: 0)
+            monkeypatch.setattr(module, "gpu_of", lambda device: GPUS[architecture], raising=False)
+        for cached in (wna16_mma.plan_of, wna16_mma.sum_kernel, wna16_wgmma.plan_of, wna16_dequantize.kernel):
+            cached.cache_clear()
+
+    return on
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def weight_of(scheme: str, rows: int, columns: int, dtype: torch.dtype) -> PackedWeight:
+    return PackedWeight.from_float(random(rows, columns, dtype=torch.float32) * 0.02, QuantScheme.parse(scheme), dtype)
+
+
+def fast_of(weight: PackedWeight) -> layout.FastWeight:
+    form = layout.form_of(weight)
+    _, factor, _ = layout.normalized_scales(weight, form)
+    levels = None
+    if form.codes == "lut":
+        table = levels_of(weight.scheme.weights.format.name)
+        levels = {dtype: table.to(dtype) for dtype in (HALF, BFLOAT, torch.float32)}
+    return layout.FastWeight(form, layout.records(weight), factor, levels)
+
+
+def check(product: Callable, scheme: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    tokens, rows, columns = shape
+    weight, x = weight_of(scheme, rows, columns, dtype), random(tokens, columns, dtype=dtype, seed=1)
+    bias = random(rows, dtype=dtype, seed=2)
+    y = product(x, fast_of(weight), weight.shape, bias).double()
+    exact = x.double() @ weight.dequantize().double().T + bias.double()
+    error = float((y - exact).norm() / exact.norm())
+    assert error < (3e-3 if dtype == BFLOAT else 1e-3), error
+
+
+MMA = (
+    # architecture, copies eager, scheme, (M, N, K), dtype
+    (900, True, "w4a16-g128", (3, 200, 2560), BFLOAT),  # several units a block, rings refilled, ragged rows
+    (900, False, "w4a16-g32-asym", (11, 40, 320), HALF),  # two token tiles, K not whole records
+    (900, True, "nf4-b64", (8, 40, 640), BFLOAT),  # the table among the rings
+    (900, False, "w8a16-g64-asym", (2, 104, 2176), BFLOAT),  # rings refilled, late copies
+    (900, True, "w2a16-g16", (20, 24, 256), HALF),  # token blocks; fewer records than warps
+    (900, False, "nf4-b64", (16, 24, 10240), BFLOAT),  # a cluster that splits K, with a table
+    (800, False, "w4a16-g128-asym", (16, 40, 6144), BFLOAT),  # partial sums and wna16_sum; cp.async
+    (800, True, "w8a16", (1, 40, 257), HALF),  # odd K, no vectors
+    (750, True, "w3a16-g64-asym", (5, 40, 512), HALF),  # no ring
+)
+
+
+@pytest.mark.parametrize(("architecture", "eager", "scheme", "shape", "dtype"), MMA)
+def test_mma_computes_the_product(
+    emulate: Emulate, architecture: int, eager: bool, scheme: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    emulate(architecture, eager)
+    check(wna16_mma._linear, scheme, shape, dtype)
+
+
+WGMMA = (
+    (True, "w4a16-g128", (40, 300, 768), BFLOAT),  # ragged rows and tokens, tiles of 64
+    (False, "w4a16-g32-asym", (17, 256, 384), HALF),
+    (False, "nf4-b64", (9, 264, 1088), BFLOAT),
+    (True, "w8a16-g64-asym", (70, 256, 256), BFLOAT),  # two token tiles
+)
+
+
+@pytest.mark.parametrize(("eager", "scheme", "shape", "dtype"), WGMMA)
+def test_wgmma_computes_the_product(
+    emulate: Emulate, eager: bool, scheme: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    emulate(900, eager)
+    check(wna16_wgmma._linear, scheme, shape, dtype)
+
+
+@pytest.mark.parametrize("scheme", ["w3a16-g32-asym", "w4a16", "w8a16-g64", "nf4-b64"])
+def test_layout_and_dequantize_are_their_twins(emulate: Emulate, scheme: str) -> None:
+    emulate(900, True)
+    rows, columns = 40, 320
+    weight = weight_of(scheme, rows, columns, BFLOAT)
+    form = layout.form_of(weight)
+    scales, _, zeros = layout.normalized_scales(weight, form)
+    bits = wna16_layout.NIBBLES if storage_of(weight.scheme) == "nibbles" else weight.scheme.weights.bits
+    made = torch.empty(3, 3, form.record_bytes, dtype=torch.uint8)
+    pointers = (weight.codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), 0)
+    sizes = (rows, columns, 0 if bits == wna16_layout.NIBBLES else weight.codes.shape[-1])
+    kernel = wna16_layout.layout_kernel(form, bits, torch.device("cpu"))
+    kernel.launch((2, 3, 1), (256, 1, 1), (*pointers, made.data_ptr(), *sizes))
+    assert torch.equal(made, layout.records(weight))
+    w = wna16_dequantize._dequantize(fast_of(weight), weight.shape, BFLOAT)
+    rtol = 2**-7 if form.codes == "lut" else 0  # an absmax of 11 bits may move a rounding by one
+    torch.testing.assert_close(w, weight.dequantize(BFLOAT), rtol=rtol, atol=0)
