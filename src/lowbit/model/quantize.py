@@ -73,11 +73,8 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
                 job.progress("quantizing", twin.noisy.index + 1, depth)
     elif needs_data(job.recipe, job.selection):
         with _stream(model, job) as stream:
-            freed = 0
             for block in islice(stream, depth):
-                before = _bytes(block.module)
-                _quantize_observed(block, _inside(job, block.name), log, freed)
-                freed += before - _bytes(block.module)
+                _quantize_observed(block, _inside(job, block.name), log)
                 give_back()
                 job.progress("quantizing", block.index + 1, depth)
     else:
@@ -114,18 +111,11 @@ def _quantize_blind(module: nn.Module, prefix: str, schemes: dict[str, QuantSche
         solve_experts(module, prefix, name, schemes[name], {}, log)
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: LayerLog, spare_bytes: int) -> None:
-    """Solve the block's linears stage by stage, each on what the quantized ones before it give, then its experts.
-
-    spare_bytes: what the blocks before it no longer need.
-    """
+def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: LayerLog) -> None:
+    """Solve the block's linears stage by stage, each on what the quantized ones before it give, then its experts."""
     linears, experts = _split(block.module, schemes)
     groups, idle = input_groups(block, linears)
-    with keeping_decoded(), replaying(block, linears, spare_bytes) as replays:
+    with keeping_decoded(), replaying(block, linears) as replays:
         for stage in _stages([group for group in groups if group[0] not in idle]):
             statistics = _observe_linears(block, stage, schemes, log, replays)
             for group in stage:

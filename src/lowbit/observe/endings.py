@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit.observe.blocks import Block
 from lowbit.observe.capture import StandIn
 
-_SHARE = 1.5  # kept inputs take at most this many times the bytes of the block's own inputs, and what is spare
+_SHARE = 1.5  # kept inputs take at most this many times the bytes of the block's own inputs
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def _is_all_of(output: Any, tensor: Tensor) -> bool:
 class Replays:
     """Keeps the inputs of ending linears, for as many batches as memory allows, and answers from them."""
 
-    def __init__(self, block: Block, endings: Sequence[Ending], spare_bytes: int = 0) -> None:
+    def __init__(self, block: Block, endings: Sequence[Ending]) -> None:
         self._block = block
         self._endings = {ending.linear: ending for ending in endings}
         # one piece of memory for all: kept tensors between short-lived ones left holes that cost 300 MB on SmolLM2
-        room = int(_SHARE * block.input_bytes()) + spare_bytes if endings else 0
+        room = int(_SHARE * block.input_bytes()) if endings else 0
         self._arena = torch.empty(room, dtype=torch.uint8, device=block.hidden_device)
         self._used = 0
         self._kept: dict[str, dict[int, Tensor]] = {ending.linear: {} for ending in endings}
@@ -125,12 +125,9 @@ class Replays:
 
 
 @contextmanager
-def replaying(block: Block, names: Sequence[str], spare_bytes: int = 0) -> Iterator[Replays]:
-    """Replays of the endings among `names`, whose modules are back in their places afterwards.
-
-    spare_bytes: memory that may be used beside what the block's inputs allow.
-    """
-    replays = Replays(block, find_endings(block, names), spare_bytes)
+def replaying(block: Block, names: Sequence[str]) -> Iterator[Replays]:
+    """Replays of the endings among `names`, whose modules are back in their places afterwards."""
+    replays = Replays(block, find_endings(block, names))
     try:
         yield replays
     finally:
