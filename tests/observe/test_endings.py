@@ -6,7 +6,7 @@ from architectures import TINY
 from torch import nn
 
 from lowbit.observe.blocks import Block, BlockStream
-from lowbit.observe.endings import Ending, Replays, find_endings, replaying
+from lowbit.observe.endings import Ending, Replays, replaying, watching_endings
 
 TOKENS = [torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(i)) for i in range(3)]
 EXPECTED = {
@@ -18,6 +18,14 @@ EXPECTED = {
 
 def _linears(block: Block) -> list[str]:
     return [name for name, module in block.module.named_modules() if isinstance(module, nn.Linear)]
+
+
+@torch.no_grad()
+def find_endings(block: Block, names: list[str]) -> list[Ending]:
+    with watching_endings(block, names) as found:
+        args, kwargs = block.arguments(0)
+        block.module(*args, **kwargs)
+    return found
 
 
 def _keep_inputs(block: Block, replays: Replays, name: str) -> None:
@@ -39,8 +47,9 @@ def test_outputs_with_settled_modules_are_bitwise_the_same(model_type: str) -> N
     for block in BlockStream(TINY[model_type](), TOKENS):
         linears, modules = _linears(block), dict(block.module.named_children())
         wanted = [output.clone() for output in block.outputs()]
-        with replaying(block, linears) as replays:
-            for ending in find_endings(block, linears):
+        endings = find_endings(block, linears)
+        with replaying(block, endings) as replays:
+            for ending in endings:
                 _keep_inputs(block, replays, ending.linear)
                 replays.settle(ending.linear)
             assert all(torch.equal(x, y) for x, y in zip(block.outputs(), wanted, strict=True))
@@ -49,7 +58,7 @@ def test_outputs_with_settled_modules_are_bitwise_the_same(model_type: str) -> N
 
 def test_nothing_of_a_settled_module_runs_any_more() -> None:
     block = next(iter(BlockStream(TINY["llama"](), TOKENS)))
-    with replaying(block, ["self_attn.o_proj"]) as replays:
+    with replaying(block, find_endings(block, ["self_attn.o_proj"])) as replays:
         attention = block.module.self_attn
         _keep_inputs(block, replays, "self_attn.o_proj")
         replays.settle("self_attn.o_proj")
@@ -66,7 +75,7 @@ def test_memory_for_what_is_kept_is_limited_and_the_rest_is_computed() -> None:
     """Half of the block's input bytes are left after attention: enough for one of three inputs of the inner width."""
     block = next(iter(BlockStream(TINY["llama"](), TOKENS)))
     wanted = [output.clone() for output in block.outputs()]
-    with replaying(block, _linears(block)) as replays:
+    with replaying(block, find_endings(block, _linears(block))) as replays:
         ran: list[int] = []
         block.module.mlp.gate_proj.register_forward_hook(lambda *_: ran.append(block.batch))
         for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -79,7 +88,7 @@ def test_memory_for_what_is_kept_is_limited_and_the_rest_is_computed() -> None:
 
 def test_a_changed_last_linear_changes_the_answer() -> None:
     block = next(iter(BlockStream(TINY["llama"](), TOKENS)))
-    with replaying(block, ["self_attn.o_proj"]) as replays:
+    with replaying(block, find_endings(block, ["self_attn.o_proj"])) as replays:
         _keep_inputs(block, replays, "self_attn.o_proj")
         replacement = nn.Linear(64, 64, bias=False)
         block.module.self_attn.o_proj = replacement

@@ -25,7 +25,7 @@ from lowbit.model.select import Selection
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
 from lowbit.observe.capture import StopForward, find_blocks
-from lowbit.observe.endings import Replays, replaying
+from lowbit.observe.endings import Replays, replaying, watching_endings
 from lowbit.observe.inputs import ExpertInput, expert_inputs, input_groups
 from lowbit.observe.moments import CrossMoment
 
@@ -114,8 +114,9 @@ def _quantize_blind(module: nn.Module, prefix: str, schemes: dict[str, QuantSche
 def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: LayerLog) -> None:
     """Solve the block's linears stage by stage, each on what the quantized ones before it give, then its experts."""
     linears, experts = _split(block.module, schemes)
-    groups, idle = input_groups(block, linears)
-    with keeping_decoded(), replaying(block, linears) as replays:
+    with watching_endings(block, linears) as endings:
+        groups, idle = input_groups(block, linears)
+    with keeping_decoded(), replaying(block, endings) as replays:
         for stage in _stages([group for group in groups if group[0] not in idle]):
             statistics = _observe_linears(block, stage, schemes, log, replays)
             for group in stage:

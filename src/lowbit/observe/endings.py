@@ -35,31 +35,41 @@ class Ending:
     nones: int | None
 
 
-def find_endings(block: Block, names: Sequence[str]) -> list[Ending]:
-    """The children of the block that end in one of the named linears (dotted names inside the block)."""
+@contextmanager
+def watching_endings(block: Block, names: Sequence[str]) -> Iterator[list[Ending]]:
+    """Fills the list, at the end, with the children of the block that end in one of the named linears.
+
+    Inside, the block's forward runs once, for whatever reason. names are dotted names inside the block.
+    """
     outputs: dict[str, list[Any]] = {name: [] for name, _ in block.module.named_children()}
     inner = [name for name in names if "." in name]
     outputs |= {name: [] for name in inner}
+    writes: list[bool] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple, Any], None]:
         return lambda _, __, output: outputs[name].append(output)
 
-    args, kwargs = block.arguments(0)
-    mappings = [value for value in kwargs.values() if isinstance(value, MutableMapping)]
-    before = [dict(mapping) for mapping in mappings]
-    with ExitStack() as hooks, torch.no_grad():
+    def before(_: nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
+        keys.extend((value, set(value)) for value in kwargs.values() if isinstance(value, MutableMapping))
+
+    def after(*_: object) -> None:
+        writes.append(any(old != value.keys() for value, old in keys))
+
+    keys: list[tuple[MutableMapping, set]] = []
+    found: list[Ending] = []
+    with ExitStack() as hooks:
         for name in outputs:
             hooks.callback(block.module.get_submodule(name).register_forward_hook(watch(name)).remove)
-        block.module(*args, **kwargs)
-    if any(old.keys() != new.keys() for old, new in zip(before, mappings, strict=True)):
-        return []
-    found = []
+        hooks.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        hooks.callback(block.module.register_forward_hook(after).remove)
+        yield found
+    if writes != [False]:
+        return
     for name in inner:
         module = name.partition(".")[0]
         if len(outputs[module]) == len(outputs[name]) == 1 and _is_all_of(outputs[module][0], outputs[name][0]):
             nones = len(outputs[module][0]) - 1 if isinstance(outputs[module][0], tuple) else None
             found.append(Ending(module, name, nones))
-    return found
 
 
 def _is_all_of(output: Any, tensor: Tensor) -> bool:
@@ -125,9 +135,9 @@ class Replays:
 
 
 @contextmanager
-def replaying(block: Block, names: Sequence[str]) -> Iterator[Replays]:
-    """Replays of the endings among `names`, whose modules are back in their places afterwards."""
-    replays = Replays(block, find_endings(block, names))
+def replaying(block: Block, endings: Sequence[Ending]) -> Iterator[Replays]:
+    """Replays of the endings, whose modules are back in their places afterwards."""
+    replays = Replays(block, endings)
     try:
         yield replays
     finally:
