@@ -2,6 +2,7 @@
 dequantized weight in float for gradients."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -149,3 +150,16 @@ def test_a_layer_compiles_whole_with_its_gradient(text: str) -> None:
     torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
     layer(twin).sum().backward()
     assert torch.equal(x.grad, twin.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["w4a16-g32-order", "w4a16-g32-asym", "nvfp4a16", "mxfp4a16", "fp8a16", "nf4-b64-dq"])
+def test_every_tensor_of_a_weight_reaches_the_op_and_its_gradient(text: str) -> None:
+    weight = made(text.removesuffix("-order"))
+    if text.endswith("-order"):
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(2)).to(torch.int32)
+        weight = replace(weight, scheme=QuantScheme.parse(text), order=order)
+    x = random(3, K).requires_grad_()
+    y = quantized_linear(x, weight)
+    torch.testing.assert_close(y, linear(x, weight.dequantize()))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, weight.dequantize().sum(0).expand(3, K))

@@ -58,6 +58,8 @@ class FastWeight:
 def form_refusal(weight: PackedWeight) -> str | None:
     """Why `weight` has no fast layout, or None."""
     scheme = weight.scheme.weights
+    if weight.order is not None:
+        return "its columns are stored in another order than x's; the op sorts x first"
     if storage_of(weight.scheme) not in ("packed", "nibbles"):
         return f"{weight.scheme} is not a scheme for 16-bit activations"
     if scheme.group_size is not None and _group_of(weight) is None:

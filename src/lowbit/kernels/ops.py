@@ -98,7 +98,9 @@ def _named(weight: PackedWeight) -> dict[str, Tensor]:
     if not isinstance(weight.scale, Tensor):
         return weight.tensors()
     named = {"weight_packed": weight.codes, "weight_scale": weight.scale}
-    return named if weight.zero is None else {**named, "weight_zero_point": weight.zero}
+    others = (weight.zero, weight.global_scale, weight.order)
+    names = ("weight_zero_point", "weight_global_scale", "weight_order")
+    return named | {name: tensor for name, tensor in zip(names, others, strict=True) if tensor is not None}
 
 
 def _call(x: Tensor, bias: Tensor | None, weight: PackedWeight, static: tuple[Tensor | None, ...]) -> Tensor:

@@ -19,6 +19,8 @@ def refusal(x: Tensor, weight: PackedWeight) -> str | None:
         return "triton is not installed"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}, this kernel multiplies float16 and bfloat16"
+    if weight.order is not None:
+        return "its columns are stored in another order than x's; the op sorts x first"
     if storage_of(weight.scheme) not in ("packed", "nibbles"):
         return f"{weight.scheme} is not a scheme for 16-bit activations"
     return None
