@@ -62,7 +62,9 @@ def _quantized_linear_shape(x: Tensor, *arguments: Any) -> Tensor:
 def _dequantize(like: Tensor, tensors: list[Tensor], names: list[str], scheme: str, rows: int, columns: int) -> Tensor:
     named = dict(zip(names, tensors, strict=True))
     weight = PackedWeight.from_tensors(named, _parsed(scheme), (rows, columns))
-    return pick("dequantize", like, weight).run(like, weight)
+    in_order = weight.in_order()
+    w = pick("dequantize", like, in_order).run(like, in_order)
+    return w if weight.order is None else w.index_select(1, torch.argsort(weight.order))
 
 
 def _dequantize_shape(like: Tensor, *arguments: Any) -> Tensor:
@@ -98,7 +100,12 @@ def _named(weight: PackedWeight) -> dict[str, Tensor]:
     if not isinstance(weight.scale, Tensor):
         return weight.tensors()
     named = {"weight_packed": weight.codes, "weight_scale": weight.scale}
-    return named if weight.zero is None else {**named, "weight_zero_point": weight.zero}
+    others = (
+        ("weight_zero_point", weight.zero),
+        ("weight_global_scale", weight.global_scale),
+        ("weight_order", weight.order),
+    )
+    return named | {name: tensor for name, tensor in others if tensor is not None}
 
 
 def _call(x: Tensor, bias: Tensor | None, weight: PackedWeight, static: tuple[Tensor | None, ...]) -> Tensor:
