@@ -26,7 +26,8 @@ def main(paths: list[str]) -> None:
         for row in json.loads(Path(path).read_text()):
             base = first.setdefault(row["scheme"], row)
             print(
-                f"| {row.get('model', '')} | {row['scheme']} | {row['name']} | {row['kld']:.4f} ± {row['kld_stderr']:.4f} "
+                f"| {row.get('model', '')} | {row['scheme']} | {row['name']} "
+                f"| {row['kld']:.4f} ± {row['kld_stderr']:.4f} "
                 f"| {row['perplexity']:.2f} ({row['perplexity_reference']:.2f}) | {row['top1']:.3f} "
                 f"| {row['seconds']} on {row['device']} | {paired(row, base)} |"
             )
