@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import lowbit
 from lowbit import LowbitConfig
 from lowbit.errors import InputError
+from lowbit.io import hf
 from lowbit.io.convert import convert
 from lowbit.io.stored import Stored
 from lowbit.io.targets import TARGETS
@@ -232,26 +230,18 @@ def test_convert_reads_what_transformers_wrote(tmp_path: Path) -> None:
     assert torch.equal(own, expected.float())
 
 
-_PEAK = """
-import resource, sys, torch, lowbit
-from transformers import AutoModelForCausalLM
-config = lowbit.LowbitConfig("nf4") if sys.argv[2] == "nf4" else None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.float32)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
+@torch.no_grad()
+def test_the_float_model_is_never_there_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time a weight arrives, none of the others that will be quantized is there in float."""
+    source, arrived = float_folder(tmp_path / "float"), []
+    convert_one = hf._QuantizeOnLoad.convert
 
+    def watched(self: Any, *args: Any, **arguments: Any) -> dict[str, Any]:
+        modules = dict(arguments["model"].named_modules())
+        floats = [name for name in self.quantizer.chosen if type(modules[name]) is nn.Linear]
+        arrived.append([name for name in floats if modules[name].weight.device.type != "meta"])
+        return convert_one(self, *args, **arguments)
 
-@pytest.mark.demo
-def test_the_float_model_is_never_there_as_a_whole(tmp_path: Path) -> None:
-    """The demo model in float32 is 538 MB; quantized while it loads, the peak stays under half of that."""
-    folder = Path(__file__).parents[3] / "build" / "smollm2"
-    if not folder.is_dir():
-        pytest.skip("needs the demo model (make demo-model)")
-    peaks = [
-        int(subprocess.run([sys.executable, "-W", "ignore", "-c", _PEAK, str(folder), kind],
-                           check=True, capture_output=True, text=True).stdout)
-        for kind in ("nf4",)
-    ]  # fmt: skip
-    assert resource.getpagesize()
-    assert peaks[0] * 1024 < 0.9 * 538e6
+    monkeypatch.setattr(hf._QuantizeOnLoad, "convert", watched)
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=LowbitConfig("nf4"))
+    assert arrived == [[]] * 21
