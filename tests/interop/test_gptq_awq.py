@@ -18,6 +18,7 @@ from lowbit.errors import CheckpointError, InputError
 from lowbit.io.awq import AwqReader, config_awq, tensors_awq
 from lowbit.io.gptq import GptqReader, config_gptq, shift_zeros, tensors_gptq
 from lowbit.io.stored import Reader
+from lowbit.kernels.ops import dequantize
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.pack import pack
 from lowbit.numerics.scheme import QuantScheme
@@ -190,3 +191,13 @@ def test_configs_say_what_vllm_asks_for() -> None:
     )
     with pytest.raises(InputError, match="one group size for all layers"):
         config_awq({"a": scheme, "b": QuantScheme.parse("w4a16-g64")}, [])
+
+
+def test_act_order_survives_the_way_to_the_kernels_and_gradients() -> None:
+    """The op that dequantizes gives the columns back their places, whatever kernel runs it."""
+    layer = QuantLinear.from_packed(reader_for("gptq4v1order", LAYERS).read("gptq4v1order").weight)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    w = layer.packed.dequantize()
+    assert torch.equal(dequantize(layer.packed, x), w)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, w.sum(0).expand(3, 64))
