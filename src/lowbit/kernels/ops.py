@@ -62,7 +62,9 @@ def _quantized_linear_shape(x: Tensor, *arguments: Any) -> Tensor:
 def _dequantize(like: Tensor, tensors: list[Tensor], names: list[str], scheme: str, rows: int, columns: int) -> Tensor:
     named = dict(zip(names, tensors, strict=True))
     weight = PackedWeight.from_tensors(named, _parsed(scheme), (rows, columns))
-    return pick("dequantize", like, weight).run(like, weight)
+    in_order = weight.in_order()
+    w = pick("dequantize", like, in_order).run(like, in_order)
+    return w if weight.order is None else w.index_select(1, torch.argsort(weight.order))
 
 
 def _dequantize_shape(like: Tensor, *arguments: Any) -> Tensor:
