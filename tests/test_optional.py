@@ -12,7 +12,11 @@ from lowbit.optional import require
 
 ROOT = Path(__file__).parent.parent
 REQUIRED = re.compile(r"require\(\s*\"([\w.]+)\",\s*\"(\w+)\"")
-PACKAGES = {"lm_eval": "lm-eval", "cuda": "cuda-bindings", "humming": "humming-kernels"}  # module -> the name by which pip knows it
+PACKAGES = {
+    "lm_eval": "lm-eval",
+    "cuda": "cuda-bindings",
+    "humming": "humming-kernels",
+}  # module -> the name by which pip knows it
 
 
 def test_a_package_that_is_there_is_given() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.optional import installed, require
+from lowbit.optional import installed, late
 from lowbit.tensors import PackedWeight, storage_of
 
 
@@ -28,6 +28,6 @@ def refusal(x: Tensor, weight: PackedWeight) -> str | None:
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [M, K] times the weight [N, K], transposed, + bias [N]: [M, N] in x's dtype."""
-    kernels: Any = require("lowbit.kernels.triton.wna16_linear", "cuda")
+    kernels: Any = late("lowbit.kernels.triton.wna16_linear")
     with torch.cuda.device(x.device):
         return kernels.product(x, weight, bias)

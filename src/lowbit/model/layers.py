@@ -22,7 +22,7 @@ from lowbit.numerics.affine import choose_scale
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.moments import CrossMoment, SecondMoment, finite_range
 from lowbit.observe.ranges import Observer, make_observer
-from lowbit.optional import installed, require
+from lowbit.optional import installed, late
 from lowbit.report import Histogram, LayerRecord
 from lowbit.tensors import PackedWeight, check_finite
 
@@ -35,7 +35,7 @@ def columns_for(device: torch.device) -> Columns:
     """The solvers' inner loops for tensors on this device: fused where Triton is installed beside a GPU."""
     if device.type != "cuda" or not installed("triton"):
         return PLAIN
-    kernels = require("lowbit.kernels.triton.columns", "cuda")
+    kernels = late("lowbit.kernels.triton.columns")
     return Columns(kernels.round_panel, kernels.descend_panel)
 
 
