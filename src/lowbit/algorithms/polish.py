@@ -9,7 +9,7 @@ Both steps minimize  f = sum_n (w^_n - w_n) H (w^_n - w_n)^T,  H = E[x x^T],  w^
               A_gh = u_g H_gh u_h^T,  b_g = u_g (H w)_g,  u = q - zero, then rounded to the stored dtype
 
 A row keeps a new solution only where its f fell, so polish never makes a row worse. On 12 layers of SmolLM2 three
-rounds take 7 to 9 % off GPTQ's f (docs/log-accuracy.md).
+rounds take 8 to 11 % off GPTQ's f (docs/log-accuracy.md).
 """
 
 import torch

@@ -96,11 +96,11 @@ class LayerLog:
         if method in MOMENT_METHODS and moment is None:
             self.warnings.append(f"{name}: no calibration token was seen there, so it was rounded to nearest")
             method = "rtn"
-        if method == "rtn-weighted":
+        if method in ("rtn-weighted", "awq"):
             assert moment is not None
             importance = moment.diagonal()
             return solve_rtn(w, scheme.weights, self.scale_dtype, ScaleSearch(), importance), method
-        if method in ("gptq", *ALIGNED_METHODS):
+        if method in ("gptq", "smooth", *ALIGNED_METHODS):
             assert moment is not None
             solution = solve_gptq(w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq, columns_for(w.device))
             if solution.damping != self.recipe.gptq.damping:

@@ -19,8 +19,9 @@ from lowbit.errors import InputError
 from lowbit.kernels.reference import keeping_decoded
 from lowbit.memory import give_back
 from lowbit.model.aligned import Seen, Twin, residual_sources, twins
+from lowbit.model.fold import smooth_block
 from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
-from lowbit.model.recipe import MOMENT_METHODS, Recipe
+from lowbit.model.recipe import MOMENT_METHODS, SMOOTHING_METHODS, Recipe
 from lowbit.model.select import Selection
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
@@ -81,6 +82,11 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
         for index, module in enumerate(blocks):
             _quantize_blind(module, f"{blocks_name}.{index}", _inside(job, f"{blocks_name}.{index}"), log)
             job.progress("quantizing", index + 1, len(blocks))
+    if job.recipe.method in SMOOTHING_METHODS and not log.rewritten:
+        raise InputError(
+            f"{job.recipe.method} found no norm in {type(model).__name__} whose only readers are linears that are "
+            "quantized; use --method gptq"
+        )
     for name in outside:
         solve_linears(model, "", [name], job.selection.schemes[name], None, log)
     return log
@@ -116,6 +122,10 @@ def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: Layer
     linears, experts = _split(block.module, schemes)
     with watching_endings(block, linears) as endings:
         groups, idle = input_groups(block, linears)
+    if log.recipe.method in SMOOTHING_METHODS:
+        busy = [group for group in groups if group[0] not in idle]
+        rewritten = smooth_block(block, busy, schemes, log.scale_dtype)
+        log.rewritten |= {f"{block.name}.{name}" for name in rewritten}
     with keeping_decoded(), replaying(block, endings) as replays:
         for stage in _stages([group for group in groups if group[0] not in idle]):
             statistics = _observe_linears(block, stage, schemes, log, replays)

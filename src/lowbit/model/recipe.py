@@ -4,6 +4,8 @@
     rtn-clip     nearest code, scales by clip search on |error|^2.4; needs no data
     rtn-weighted nearest code, scales by clip search weighted with the inputs' mean squares
     gptq         error feedback on the second moment of the inputs, scales searched under its diagonal
+    awq          rtn-weighted after smoothing for the weights (algorithms/smooth.py, model/fold.py)
+    smooth       gptq after smoothing for activations in few bits
     aligned      gptq, aimed at what the original model computes (algorithms/correction.py), then polished
     chosen       several aligned candidates, each row by the best of them on tokens that no candidate saw
     learned      aligned, then rounding, scales and norms learned by the gradient of KL (model/learn.py)
@@ -22,10 +24,11 @@ from lowbit.model.select import Rule
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 
-METHODS = ("rtn", "rtn-clip", "rtn-weighted", "gptq", "aligned", "chosen", "learned")
+METHODS = ("rtn", "rtn-clip", "rtn-weighted", "awq", "gptq", "smooth", "aligned", "chosen", "learned")
 ALIGNED_METHODS = ("aligned", "chosen", "learned")
-MOMENT_METHODS = ("rtn-weighted", "gptq", *ALIGNED_METHODS)
-POLISH = 2  # rounds; a third takes a tenth of what two took (docs/log-accuracy.md)
+SMOOTHING_METHODS = ("awq", "smooth")
+MOMENT_METHODS = ("rtn-weighted", "gptq", *SMOOTHING_METHODS, *ALIGNED_METHODS)
+POLISH = 2  # rounds; from 3 to 6 gained 1 % more (docs/log-accuracy.md)
 EFFORTS = ("rtn", "rtn-weighted", "aligned", "chosen", "learned")
 
 
@@ -57,6 +60,12 @@ class Recipe:
                 raise SchemeError(
                     f"{self.method} works on integer grids, and {scheme} is none; use --method rtn with it"
                 )
+            if self.method == "smooth" and scheme.activations is None:
+                raise SchemeError(
+                    f"smooth is for activations in 8 bits, and {scheme} has none; use --method awq with it"
+                )
+            if self.method == "awq" and scheme.activations is not None:
+                raise SchemeError(f"awq is for weights alone, and {scheme} rounds activations; use --method smooth")
         kinds = {(scheme.weights.format.name, scheme.weights.nested) for scheme in schemes}
         if len(kinds) > 1 and any(scheme.weights.format.kind == "codebook" for scheme in schemes):
             raise SchemeError(

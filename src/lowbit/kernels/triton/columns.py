@@ -2,8 +2,8 @@
 
 A panel is [B, N], B columns of the weight by N rows of it; rows are independent. A program keeps its [B, 16] part of
 the panel in registers through all B steps. Step i selects its row i by a masked sum, rounds it, and adds the outer
-product of the answer with row i of the corner (read from cache) to the part. Launching these steps one by one costs ten
-launches a column: 12 ms a panel on an H200, replayed as a CUDA graph 3 ms, and here one launch (docs/log-accuracy.md).
+product of the answer with row i of the corner (read from cache) to the part. One launch a panel takes the place of some
+ten launches a column (docs/log-accuracy.md).
 """
 
 import torch

@@ -1,0 +1,127 @@
+"""Folding and smoothing. Oracles: the writers, written down by hand from the architectures' definitions; the block's
+own output; the product with both factors rounded, computed here again."""
+
+import copy
+
+import pytest
+import torch
+from architectures import tiny
+from checkpoints import TOKENS, quantize_in_memory
+from torch import nn
+
+from lowbit.algorithms.smooth import choose_smoothing
+from lowbit.errors import InputError, SchemeError
+from lowbit.model.fold import Writer, find_writer, fold, representable, smooth_block
+from lowbit.model.recipe import Recipe
+from lowbit.numerics.affine import quantize_dequantize
+from lowbit.numerics.scheme import QuantScheme
+from lowbit.observe.blocks import Block, BlockStream
+
+QKV, GATE_UP = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]
+W8A8 = QuantScheme.parse("w8a8")
+
+
+def _block(model_type: str) -> Block:
+    return next(iter(BlockStream(tiny(model_type), [TOKENS])))
+
+
+def _linears(block: Block) -> list[str]:
+    return [name for name, module in block.module.named_modules() if isinstance(module, nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "readers", "writer"),
+    [
+        ("llama", QKV, Writer("input_layernorm", "scale")),
+        ("llama", GATE_UP, Writer("post_attention_layernorm", "scale")),
+        ("llama", ["mlp.down_proj"], Writer("mlp.up_proj", "rows")),
+        ("gemma2", QKV, Writer("input_layernorm", "one plus")),
+        ("gemma2", GATE_UP, Writer("pre_feedforward_layernorm", "one plus")),
+        ("olmo2", QKV, None),  # no norm stands before it
+        ("llama", QKV[:2], None),  # v reads the norm too
+        ("gpt_neox", ["attention.query_key_value"], Writer("input_layernorm", "scale")),
+    ],
+)
+def test_the_writer_of_an_input_is_found(model_type: str, readers: list[str], writer: Writer | None) -> None:
+    block = _block(model_type)
+    before = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}
+    assert find_writer(block, readers, _linears(block)) == writer
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.module.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_neox"])
+def test_smoothing_keeps_what_the_block_computes(model_type: str) -> None:
+    block = _block(model_type)
+    groups = {"gpt_neox": [["attention.query_key_value"], ["mlp.dense_h_to_4h"]]}.get(
+        model_type, [QKV, GATE_UP, ["mlp.down_proj"]]
+    )
+    weights = {name: block.module.get_submodule(name).weight.clone() for group in groups for name in group}
+    with torch.no_grad():
+        block.module.get_submodule(groups[0][0]).weight[:, 3] *= 30  # something to smooth
+        before = next(iter(block.outputs()))
+        schemes = {name: W8A8 for group in groups for name in group}
+        rewritten = smooth_block(block, groups, schemes, torch.float32)
+        after = next(iter(block.outputs()))
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-4)
+    assert rewritten
+    assert any(not torch.equal(block.module.get_submodule(name).weight, w) for name, w in weights.items())
+
+
+@pytest.mark.parametrize("text", ["w8a8", "w4a8-g16", "w4a16-g16-asym"])
+def test_the_chosen_scales_lose_less_than_none(text: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scheme = QuantScheme.parse(text)
+    x = torch.randn(200, 64, generator=generator)
+    x[:, 5] *= 60
+    w = torch.randn(32, 64, generator=generator)
+    scales = choose_smoothing(x, w, scheme, torch.float32)
+
+    def loss(s: torch.Tensor) -> float:
+        left = x / s if scheme.activations is None else quantize_dequantize(x / s, scheme.activations)
+        return (left @ quantize_dequantize(w * s, scheme.weights).T - x @ w.T).square().mean().item()
+
+    assert scales[5] == scales.max() > 1
+    assert loss(scales) < 0.8 * loss(torch.ones(64))
+
+
+@pytest.mark.parametrize("kind", ["scale", "one plus"])
+def test_representable_scales_leave_nothing_to_round_in_the_stored_norm(kind: str) -> None:
+    block = _block("llama")
+    writer, wanted = Writer("input_layernorm", kind), torch.linspace(0.5, 2, 64)
+    norm = block.module.get_submodule("input_layernorm").weight
+    with torch.no_grad():
+        norm.copy_(torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16())
+        norm[7] = 0 if kind == "scale" else -1
+    scales = representable(block.module, writer, wanted, torch.bfloat16)
+    assert scales[7] == 1  # no gain, nothing to divide
+    usual = (norm.abs() > 0.1) & (torch.arange(64) != 7)
+    assert torch.allclose(scales[usual], wanted[usual], rtol=0.1)
+    fold(block.module, writer, QKV, scales)
+    assert torch.allclose(norm, norm.bfloat16().float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["smooth:w8a8", "smooth:w8a8-static", "smooth:w4a8-g16", "awq:w4a16-g16-asym"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral"])
+def test_smoothed_models_stay_near_their_originals(model_type: str, text: str) -> None:
+    if model_type == "mixtral" and "static" in text:
+        pytest.skip("experts take no static activations")
+    original = tiny(model_type)
+    model = copy.deepcopy(original)
+    recipe = Recipe.parse(text)
+    if model_type == "mixtral" and not recipe.scheme.weights.symmetric:
+        recipe = Recipe.parse("awq:w4a16-g16")
+    log = quantize_in_memory(model, recipe)
+    with torch.no_grad():
+        wanted, logits = (m(input_ids=TOKENS).logits for m in (original, model))
+    assert (logits - wanted).norm() < 0.4 * wanted.norm()
+    assert log.rewritten
+    assert all("norm" in name for name in log.rewritten)
+
+
+def test_methods_that_do_not_apply_are_refused() -> None:
+    with pytest.raises(SchemeError, match="use --method awq"):
+        Recipe.parse("smooth:w4a16-g64")
+    with pytest.raises(SchemeError, match="use --method smooth"):
+        Recipe.parse("awq:w8a8")
+    with pytest.raises(InputError, match="found no norm in Olmo2ForCausalLM"):
+        quantize_in_memory(tiny("olmo2"), Recipe.parse("awq:w4a16-g16"))
