@@ -97,9 +97,9 @@ class Kernel:
     bytes, given as bytes; in order, natural alignment.
     """
 
-    def __init__(self, function: Any, parameters: str, keep_alive: Any) -> None:
+    def __init__(self, function: Any, parameters: str, context: Any, keep_alive: Any) -> None:
         self._driver = require("cuda.bindings.driver", "cuda")
-        self._function, self._keep_alive = function, keep_alive
+        self._function, self._context, self._keep_alive = function, context, keep_alive
         self._layout = struct.Struct("@" + parameters)
         self._values = ctypes.create_string_buffer(self._layout.size)
         fields = _FIELD.findall(parameters)
@@ -135,6 +135,9 @@ class Kernel:
             config.hStream = stream
             self._layout.pack_into(self._values, 0, *arguments)
             (status,) = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(self._pointers), 0)
+            if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a fresh thread, as those of a backward pass are
+                _driver_ok(driver.cuCtxSetCurrent(self._context))
+                (status,) = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(self._pointers), 0)
         if status:
             _driver_ok((status,))
 
@@ -184,13 +187,14 @@ def load_kernel(
     driver = require("cuda.bindings.driver", "cuda")
     cubin = cached_cubin(name, architecture_of(device), dict(defines), cache_directory())
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # makes the device's primary context current
+        context = _driver_ok(driver.cuDevicePrimaryCtxRetain(device.index))  # torch's own
+        _driver_ok(driver.cuCtxSetCurrent(context))
         module = _driver_ok(driver.cuModuleLoadData(cubin))
         loaded = _driver_ok(driver.cuModuleGetFunction(module, function.encode()))
         if shared_bytes > 48 * 1024:  # more than a block gets unasked
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _driver_ok(driver.cuFuncSetAttribute(loaded, attribute, shared_bytes))
-    return Kernel(loaded, parameters, module)
+    return Kernel(loaded, parameters, context, module)
 
 
 def current_stream(device: torch.device) -> int:
