@@ -5,6 +5,7 @@ import torch
 from architectures import TINY
 from torch import nn
 
+from lowbit.observe import endings
 from lowbit.observe.blocks import Block, BlockStream
 from lowbit.observe.endings import Ending, Replays, replaying, watching_endings
 
@@ -71,8 +72,9 @@ def test_nothing_of_a_settled_module_runs_any_more() -> None:
     assert ran == ["q_proj", "o_proj"] * len(TOKENS)
 
 
-def test_memory_for_what_is_kept_is_limited_and_the_rest_is_computed() -> None:
+def test_memory_for_what_is_kept_is_limited_and_the_rest_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three inputs of 64 channels make room for two of the MLP's inner 96."""
+    monkeypatch.setattr(endings, "_SHARE", 1)
     block = next(iter(BlockStream(TINY["llama"](), TOKENS)))
     wanted = [output.clone() for output in block.outputs()]
     with replaying(block, find_endings(block, _linears(block))) as replays:

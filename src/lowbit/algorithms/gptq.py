@@ -78,16 +78,16 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
 
     Factored in float64. The damping grows tenfold until the factorization succeeds.
     """
-    double = moment.double()
-    mean = double.diagonal().mean()
+    mean = moment.diagonal().double().mean()
     while damping <= MAX_DAMPING:
-        damped = double.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix = moment.double()  # one name for all steps: two matrices of float64 are alive at a time, not five
+        matrix.diagonal().add_(damping * mean)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and factor.isfinite().all():
-                return factor.float(), damping
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+            if not failed and matrix.isfinite().all():
+                return matrix.float(), damping
         damping = max(damping * 10, 1e-4)
     raise InputError(
         f"the second moment of a layer's inputs is not positive definite, even with damping {MAX_DAMPING}; "

@@ -29,6 +29,7 @@ from lowbit.observe.capture import StopForward, find_blocks
 from lowbit.observe.endings import Replays, replaying, watching_endings
 from lowbit.observe.inputs import ExpertInput, expert_inputs, input_groups
 from lowbit.observe.moments import CrossMoment
+from lowbit.observe.parking import parked
 
 HELD_OUT = 6  # one batch in so many judges the candidates of effort 3
 MAX_STAGES = 8  # a block whose experts are linears of their own would else run one forward for each of them
@@ -73,8 +74,10 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
                 give_back()
                 job.progress("quantizing", twin.noisy.index + 1, depth)
     elif needs_data(job.recipe, job.selection):
-        with _stream(model, job) as stream:
+        with parked(blocks, job.scale_dtype) as take_out, _stream(model, job) as stream:
+            give_back()
             for block in islice(stream, depth):
+                take_out(block.module)
                 _quantize_observed(block, _inside(job, block.name), log)
                 give_back()
                 job.progress("quantizing", block.index + 1, depth)
@@ -129,6 +132,7 @@ def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: Layer
     with keeping_decoded(), replaying(block, endings) as replays:
         for stage in _stages([group for group in groups if group[0] not in idle]):
             statistics = _observe_linears(block, stage, schemes, log, replays)
+            give_back()  # the forward's short-lived tensors, before the solver's
             for group in stage:
                 _solve_group(block, group, schemes, statistics[group[0]], log)
             for name in stage[0] if len(stage) == 1 else ():

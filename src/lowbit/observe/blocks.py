@@ -112,6 +112,15 @@ class Block:
         self.advanced = True
 
 
+def _into(old: Any, new: Any, device: torch.device) -> Any:
+    """`new` on `device`, in the memory of `old` where it fits: fresh memory among short-lived tensors leaves holes."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor) and (old.shape, old.dtype) == (new.shape, new.dtype):
+        return old.copy_(new)
+    if type(old) is type(new) is tuple and len(old) == len(new):
+        return tuple(_into(*pair, device) for pair in zip(old, new, strict=True))
+    return moved(new, device)
+
+
 def _written(mapping: MutableMapping, before: dict) -> dict:
     """The entries of mapping that a block has put there."""
     return {key: value for key, value in mapping.items() if key not in before or before[key] is not value}
@@ -176,7 +185,7 @@ class BlockStream:
 
     def store(self, batch: int, output: Any, written: dict[str, dict]) -> None:
         """Keep a block's output as the next one's input, and what it wrote for later blocks."""
-        self._stored[batch] = moved(output, self.hidden_device)
+        self._stored[batch] = _into(self._stored[batch], output, self.hidden_device)
         for name, entries in written.items():
             self._shared[batch].setdefault(name, {}).update(moved(entries, self.hidden_device))
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit.observe.blocks import Block
 from lowbit.observe.capture import StandIn
 
-_SHARE = 1  # kept inputs take at most this many times the bytes of the block's own inputs
+_SHARE = 2.75  # kept inputs take at most this many times the bytes of the block's own inputs
 
 
 @dataclass(frozen=True)
