@@ -8,17 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.kernels.triton.int8_quantize import LAUNCHES
+from lowbit.kernels.triton.int8_quantize import LAUNCHES, _quotient
 
 
 @triton.jit
-def _rows(x, stride, q, scale_to, K, DTYPE: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(
+    x, stride, q, scale_to, K, DTYPE: tl.constexpr, EPSILON: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr
+):
     row, columns = tl.program_id(0), tl.arange(0, BLOCK)
     live = columns < K
     y = tl.load(x + row.to(tl.int64) * stride + columns, mask=live, other=0.0).to(tl.float32)
     scale = tl.div_rn(tl.max(tl.abs(y), 0), 448.0).to(DTYPE).to(tl.float32)
     scale = tl.where(scale == 0, EPSILON, scale)
-    scaled = tl.div_rn(y, tl.zeros_like(y) + scale)
+    scaled = _quotient(y, scale, SHORT)
     codes = tl.minimum(tl.maximum(scaled, -448.0), 448.0).to(tl.float8e4nv)
     tl.store(q + row.to(tl.int64) * K + columns, codes, mask=live)
     tl.store(scale_to + row, scale)
@@ -34,7 +36,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
     _rows[(rows,)](
-        x, x.stride(0), q, scale, columns, DTYPE=_DTYPES[x.dtype], EPSILON=torch.finfo(x.dtype).eps, BLOCK=block,
-        num_warps=next(launch[1] for launch in LAUNCHES if block <= launch[0]),
+        x, x.stride(0), q, scale, columns, DTYPE=_DTYPES[x.dtype], EPSILON=torch.finfo(x.dtype).eps,
+        SHORT=x.is_cuda and x.dtype != torch.float32, BLOCK=block,
+        num_warps=next(launch.warps for launch in LAUNCHES if block <= launch.columns),
     )  # fmt: skip
     return q, scale
