@@ -9,22 +9,19 @@ float32 product (bench/results/cpu_int8.json); without, it may be slower, and th
 import torch
 from torch import Tensor
 
+from lowbit.kernels.int8 import activation_refusal, weight_refusal
 from lowbit.kernels.reference import activation_scale
 from lowbit.numerics.affine import encode
-from lowbit.tensors import PackedWeight, storage_of
+from lowbit.tensors import PackedWeight
 
 
 def int8_refusal(x: Tensor, weight: PackedWeight) -> str | None:
     """Why the int8 product can't run for these arguments, or None."""
     if x.device.type != "cpu":
         return f"x is on {x.device}, this kernel runs on the CPU"
-    if storage_of(weight.scheme) != "int8" or weight.zero is not None:
-        return f"weights under {weight.scheme} are not symmetric int8 codes"
-    if weight.scheme.weights.granularity == "group":
-        return f"{weight.scheme} has a scale per group, inside the integer sum"
     if weight.shape[1] == 1:
         return "torch._int_mm reads beyond a matrix of one column (torch 2.13)"
-    return None
+    return activation_refusal(weight) or weight_refusal(weight)
 
 
 def int8_linear(

@@ -56,6 +56,13 @@ def silu_product_quantize(gate: Tensor, up: Tensor, smooth: Tensor | None = None
     return quantize_tokens(y if smooth is None else y * smooth, symmetric)
 
 
+def product_refusal(x: Tensor) -> str | None:
+    """Why `multiply` can't run on x's device, or None."""
+    if not x.is_cuda or _by_triton(x) or installed("cuda.bindings"):
+        return None
+    return "neither triton nor cuda.bindings is installed"
+
+
 def multiply(made: Quantized, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Quantized activations [M, K] times int8 codes [N, K], transposed, scaled, plus bias [N]: [M, N] in `dtype`.
 
