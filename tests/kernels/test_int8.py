@@ -80,8 +80,20 @@ def test_a_row_whose_sum_may_overflow_is_refused() -> None:
 
 def test_cuda_kernels_refuse_a_cpu() -> None:
     x, weight = _normal(2, 36), _packed("w8a8")
-    for refusal in (int8_linear.hopper_refusal, int8_linear.triton_refusal, int8_linear.turing_refusal, fp8.refusal):
+    for refusal in (int8_linear.hopper_refusal, int8_linear.triton_refusal, int8_linear.turing_refusal):
         assert "runs on CUDA devices" in str(refusal(x, weight))
+
+
+def test_fp8_products_say_what_they_lack() -> None:
+    x = _normal(2, 512)
+    for scheme, refusal, reason in [
+        ("fp8", fp8.refusal, "runs on CUDA devices"),
+        ("fp8-tile128", fp8.tiles_refusal, "runs on CUDA devices"),
+        ("fp8-tile128", fp8.refusal, "not fp8 with a scale per channel or tensor"),
+        ("fp8-tile64", fp8.tiles_refusal, "tile of 128 x 128"),
+    ]:
+        assert reason in str(refusal(x, _packed(scheme, 128, 512)))
+    assert "no multiple of 512" in str(fp8.tiles_refusal(x, _packed("fp8-tile128", 128, 128)))
 
 
 def test_outlier_columns_stay_exact_where_plain_int8_loses_the_rest() -> None:

@@ -54,6 +54,8 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         Candidate("cpu_int8", cpu.int8_linear, cpu.int8_refusal),
         Candidate("int8_outlier", int8_outlier.linear, int8_outlier.refusal),
         Candidate("reference", reference.wa8_linear, _runs_anywhere),
+        # behind a kernel that refuses nothing, so by name only: it has not run on a GPU yet
+        Candidate("fp8_scaled_mm_tiles", fp8.scaled_mm_tiles, fp8.tiles_refusal),
     ),
 }
 
