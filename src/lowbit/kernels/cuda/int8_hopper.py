@@ -57,11 +57,13 @@ def refusal(q: Tensor) -> str | None:
 def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
     """The decode kernel for `tokens` tokens and w [width, columns], on a chip with so many multiprocessors.
 
-    Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. No more stages than let all
-    blocks run at once, where three do (gate_up at M=64: 35.4 us with 3, 41.5 with 4). Above, blocks of 128 x 128
-    outputs, one a multiprocessor. Measured on H200 (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win or
-    tie for every shape of Llama-3-8B; o (4096 x 4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 8.9 undivided, 9.4
-    by 8.
+    Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. Where four and more stand on a
+    multiprocessor, as many stages as just let all run at once: with more some wait (gate_up at M=64: 35.4 us with 3,
+    41.5 with 4), with fewer they crowd on some multiprocessors (M=16: 32.5 with 5, 32.5 and 34.9
+    with 4 in two runs, 35.1 with 3). Above 64
+    tokens, blocks of 128 x 128 outputs, one a multiprocessor. Measured on H200
+    (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win or tie for every shape of Llama-3-8B; o (4096 x
+    4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 8.9 undivided, 9.4 by 8.
     """
     tile = next((size for size in DECODE_TOKENS if tokens <= size), DECODE_TOKENS[-1])
     rows = 64 if tile <= 64 else 128
@@ -72,10 +74,9 @@ def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
         split *= 2
     if tile > 64:
         return Decode(tile, rows, 4 if blocks * split <= processors else 3, split)
-    at_once = _MULTIPROCESSOR_BYTES // -(-blocks * split // processors)  # shared memory a block where all run at once
-    fitting = (at_once - _SLACK - _BLOCK_BYTES) // ((rows + tile) * STEP)
-    most = 6 if tile <= 8 else 4
-    return Decode(tile, rows, min(most, fitting) if fitting >= 3 else most, split)
+    most, needed = 6 if tile <= 8 else 4, -(-blocks * split // processors)  # blocks a multiprocessor
+    fitting = (_MULTIPROCESSOR_BYTES // needed - _SLACK - _BLOCK_BYTES) // ((rows + tile) * STEP)
+    return Decode(tile, rows, fitting if needed > 3 and fitting >= 3 else most, split)
 
 
 def suits_decode(tokens: int, width: int, processors: int) -> bool:
