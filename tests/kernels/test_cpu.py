@@ -110,7 +110,7 @@ def test_without_vnni_the_faster_product_is_found_by_timing_it_once(monkeypatch:
         slow.append(len(slow))
         return 1.0 if len(slow) % 2 else 0.5  # int8 first
 
-    monkeypatch.setattr(cpu, "_seconds", seconds)
+    monkeypatch.setattr(cpu, "least_seconds", seconds)
     cpu.int8_is_slower.cache_clear()
     try:
         assert registry.pick("wa8_linear", x, weight).name == "reference"

@@ -1,23 +1,19 @@
-"""int8 products on the CPU through torch's own kernel, oneDNN's s8 x s8 -> s32 (`torch._int_mm`).
+"""W8A8 on the CPU: x quantized by torch, multiplied by one of its int8 kernels (cpu_product.py), scaled.
 
     y_mn = sx_m sw_n (sum_k qx_mk qw_nk - zx_m sum_k qw_nk) + b_n
 
-Scales multiply after the exact integer sum. On a processor with VNNI this is three to six times as fast as the float32
-product (docs/log-int8.md). Others may have to emulate its instructions: there `winner` times both, once for each shape
-of weight and class of M, when it is first used, and the float product runs where it is faster.
-
-torch's other ways are no candidates: `onednn.qlinear_pointwise` and fbgemm take unsigned activations, and without VNNI
-add pairs of products in 16 bits, which overflow; with it `_int_mm` is as fast or faster (docs/log-int8.md).
+Scales multiply after the exact integer sum. On a processor with VNNI the product is three to twenty times as fast as
+the float32 one. Others may have to emulate its instructions: there `winner` times both, once for each shape of weight
+and class of M, when it is first used, and the float product runs where it is faster.
 """
 
 import logging
-import time
-from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from lowbit.kernels.cpu_product import least_seconds, product
 from lowbit.kernels.int8 import activation_refusal, weight_refusal
 from lowbit.kernels.reference import activation_scale, wa8_linear
 from lowbit.numerics.affine import encode
@@ -42,28 +38,16 @@ def int8_is_slower(tokens: int, rows: int, columns: int, dtype: torch.dtype, thr
 
     Timed on weights made for it, and told in the log. threads: those that torch uses, a part of the question.
     """
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(rows, columns, generator=generator)
-    weight = PackedWeight.from_float(w, QuantScheme.parse("w8a8"), dtype)
-    x = torch.randn(tokens, columns, generator=generator).to(dtype)
-    int8_s, float_s = (_seconds(lambda run=run: run(x, weight, None)) for run in (int8_linear, wa8_linear))  # type: ignore[misc]
+    codes = torch.full((rows, columns), 3, dtype=torch.int8)  # the time is the same for all
+    weight = PackedWeight(QuantScheme.parse("w8a8"), (rows, columns), codes, torch.ones(rows, 1, dtype=dtype))
+    x = torch.ones(tokens, columns, dtype=dtype)
+    int8_s, float_s = (least_seconds(lambda run=run: run(x, weight, None)) for run in (int8_linear, wa8_linear))  # type: ignore[misc]
     chosen = "float" if int8_s > float_s else "int8"
     _log.info(
         "this CPU has no VNNI: %d x %d at M up to %d takes %.0f us in int8, %.0f in float; %s runs",
         rows, columns, tokens, int8_s * 1e6, float_s * 1e6, chosen,
     )  # fmt: skip
     return int8_s > float_s
-
-
-def _seconds(call: Callable[[], Tensor]) -> float:
-    """The least time of five calls after one."""
-    call()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def int8_refusal(x: Tensor, weight: PackedWeight) -> str | None:
@@ -88,8 +72,9 @@ def int8_linear(
     assert isinstance(weight.scale, Tensor)
     scale, zero = activation_scale(x, scheme, static_scale, static_zero)
     q = encode(x, scale, zero, scheme)
-    product = torch._int_mm(q, weight.codes.T)  # [M, K] x [K, N] -> int32 [M, N]
-    if zero is not None:
-        product = product - zero.to(torch.int32) * weight.codes.sum(-1, dtype=torch.int32)
-    scaled = product.float() * scale.float() * weight.scale.float().reshape(1, -1)  # weight scale [N, 1] or [1]
+    if zero is None:
+        sums = product(q, weight.codes)  # [M, K] x [N, K] -> [M, N]
+    else:
+        sums = torch._int_mm(q, weight.codes.T) - zero.to(torch.int32) * weight.codes.sum(-1, dtype=torch.int32)
+    scaled = sums.float() * scale.float() * weight.scale.float().reshape(1, -1)  # weight scale [N, 1] or [1]
     return (scaled if bias is None else scaled + bias.float()).to(x.dtype)
