@@ -59,8 +59,7 @@ def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
 
     Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. Where four and more stand on a
     multiprocessor, as many stages as just let all run at once: with more some wait (gate_up at M=64: 35.4 us with 3,
-    41.5 with 4), with fewer they crowd on some multiprocessors (M=16: 32.5 with 5, 32.5 and 34.9
-    with 4 in two runs, 35.1 with 3). Above 64
+    41.5 with 4), with fewer they crowd (M=16: 32.5 with 5, 32.5 and 34.9 with 4 in two runs, 35.1 with 3). Above 64
     tokens, blocks of 128 x 128 outputs, one a multiprocessor. Measured on H200
     (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win or tie for every shape of Llama-3-8B; o (4096 x
     4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 8.9 undivided, 9.4 by 8.
