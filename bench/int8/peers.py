@@ -1,12 +1,16 @@
-"""W8A8 layers beside their peers in one run on one GPU: python bench/int8/peers.py OUT.json [SECONDS]
+"""W8A8 layers beside their peers in one run on one GPU: python bench/int8/peers.py OUT.json
 
 Microseconds of a call in a CUDA graph over rotated weights. Ours, gemlite and humming quantize bfloat16 activations
-per token; cuBLAS takes them as they are; `_int_mm` and fp8 `_scaled_mm` are given quantized ones ("raw").
-Peers that don't import are left out, and named in the file.
+per token; cuBLAS takes them as they are; those called "raw" are given quantized ones. Peers that don't import are left
+out, and named in the file.
+
+gemlite chooses tiles by its table for the H100, the same chip; its tuning would take an hour. Shapes and M that the
+table lacks (70B; M=8192) get the row of 8B.gate_up (of M=4096). --warm calls each peer once, to compile: several
+processes with a shape each do that in a fraction of the time.
 """
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lowbit.kernels.cuda import int8_hopper
+from lowbit.kernels.int8 import Scaling
 from lowbit.kernels.timing import copies_of, graph_us
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme
@@ -31,6 +37,19 @@ Layer = Callable[[Tensor], object]
 def ours(w: Tensor, scheme: str = "w8a8") -> Layer:
     layer = QuantLinear.from_packed(PackedWeight.from_float(w, QuantScheme.parse(scheme), torch.bfloat16))
     return torch.no_grad()(layer)
+
+
+def raw(w: Tensor) -> Layer:
+    q, scale = (w / w.abs().amax(1, keepdim=True) * 127).round().to(torch.int8), torch.rand(len(w), device="cuda")
+    given: dict[int, tuple[Tensor, Scaling]] = {}
+
+    def call(x: Tensor) -> object:
+        if len(x) not in given:
+            a = (torch.randn(x.shape, device="cuda") * 30).clamp(-127, 127).to(torch.int8)
+            given[len(x)] = a, Scaling(torch.bfloat16, torch.rand(len(x), device="cuda"), scale)
+        return int8_hopper.product(given[len(x)][0], q, given[len(x)][1])
+
+    return call
 
 
 def int_mm(w: Tensor) -> Layer:
@@ -62,9 +81,25 @@ def fp8(w: Tensor) -> Layer:
 
 
 def gemlite_layer(w: Tensor) -> Layer:
-    from gemlite import helper  # noqa: PLC0415  only where it is installed
+    import gemlite  # noqa: PLC0415  only where it is installed
+    from gemlite import core, helper  # noqa: PLC0415
 
+    table = core.GEMLITE_TRITON_CONFIG_CACHE
+    if not table:
+        gemlite.GemLiteLinear.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))
+        table = core.GEMLITE_TRITON_CONFIG_CACHE
+    width, columns = w.shape
+    for rows in table.values():
+        for tokens in TOKENS:
+            like = next((k for k in (_key(tokens, 28672, 4096), _key(4096, 28672, 4096)) if k in rows), None)
+            own = _key(min(tokens, 4096), width, columns)
+            if like is not None:
+                rows.setdefault(_key(tokens, width, columns), rows.get(own, rows[like]))
     return helper.A8W8_int8_dynamic(device="cuda", dtype=torch.bfloat16).from_weights(w)
+
+
+def _key(tokens: int, width: int, columns: int) -> str:
+    return str((tokens, width, columns, columns, 1, 408))  # 408: int8 by int8
 
 
 def humming_layer(w: Tensor) -> Layer:
@@ -81,6 +116,7 @@ def humming_layer(w: Tensor) -> Layer:
 
 PEERS: dict[str, tuple[Callable[[Tensor], Layer], int, str]] = {
     "lowbit w8a8": (ours, 1, "lowbit"),
+    "lowbit w8a8 (raw)": (raw, 1, "lowbit"),
     "lowbit fp8": (partial(ours, scheme="fp8"), 1, "lowbit"),
     "bf16 cuBLAS": (lambda w: partial(linear, weight=w), 2, "torch"),
     "_int_mm (raw, int32 out)": (int_mm, 1, "torch"),
@@ -90,26 +126,53 @@ PEERS: dict[str, tuple[Callable[[Tensor], Layer], int, str]] = {
 }
 
 
-def main(out: Path, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
-    found["not installed"] = [name for name, (_, _, package) in PEERS.items() if find_spec(package) is None]
-    for shape, (width, columns) in SHAPES.items():
-        for name, (build, bytes_each, package) in PEERS.items():
-            if find_spec(package) is None or time.monotonic() > end:
-                continue
-            count = min(20, copies_of(width * columns * bytes_each))
-            layers = [
-                build(torch.randn(width, columns, device="cuda", dtype=torch.bfloat16) * 0.02) for _ in range(count)
-            ]
+def weight(shape: str) -> Tensor:
+    return torch.randn(*SHAPES[shape], device="cuda", dtype=torch.bfloat16) * 0.02
+
+
+def warm(shapes: list[str], names: list[str]) -> None:
+    for shape in shapes:
+        for name in names:
+            layer = PEERS[name][0](weight(shape))
             for tokens in TOKENS:
+                layer(torch.randn(tokens, SHAPES[shape][1], device="cuda", dtype=torch.bfloat16))
+
+
+def measure(out: Path, shapes: list[str], names: list[str], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "rows": []}
+    found["not installed"] = [name for name, (_, _, package) in PEERS.items() if find_spec(package) is None]
+    for shape in shapes:
+        for name in names:
+            build, bytes_each, _ = PEERS[name]
+            width, columns = SHAPES[shape]
+            count = min(12, copies_of(width * columns * bytes_each))
+            layers = [build(weight(shape)) for _ in range(count)]
+            for tokens in TOKENS:
+                if time.monotonic() > end:
+                    return
                 x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-                us = graph_us([partial(layer, x) for layer in layers], least_ms=5.0)
+                us = graph_us([partial(layer, x) for layer in layers], least_ms=4.0)
                 found["rows"].append({"shape": shape, "N": width, "K": columns, "M": tokens, "kernel": name, "us": us})
-                print(shape, tokens, name, f"{us:.1f}", flush=True)
-                out.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+            print(shape, name, *(f"{row['us']:.1f}" for row in found["rows"][-len(TOKENS) :]), flush=True)
+            out.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--peers", default="", help="names that hold this word")
+    parser.add_argument("--warm", action="store_true")
+    given = parser.parse_args()
+    names = [name for name, (_, _, package) in PEERS.items() if find_spec(package) and given.peers in name]
+    if given.warm:
+        warm(given.shapes.split(","), names)
+    else:
+        measure(given.out, given.shapes.split(","), names, given.seconds)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 600.0)
+    main()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from lowbit.kernels.triton import int8_linear, int8_quantize  # noqa: E402
+from lowbit.kernels.triton import fp8_quantize, int8_linear, int8_quantize  # noqa: E402
 
 SHAPES = [(1, 17, 17), (17, 1, 576), (1, 4095, 576), (3, 64, 1), (16, 200, 4095), (65, 576, 1000), (130, 4095, 576),
           (300, 520, 4095)]  # fmt: skip
@@ -88,6 +88,62 @@ def test_codes_of_tokens_are_those_of_the_reference(scheme: str, dtype: torch.dt
         assert zero is None or torch.equal(made.zero.cpu(), zero.to(torch.int32).flatten())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "fp8-tile128"])
+def test_fp8_codes_are_those_of_the_reference(scheme: str, dtype: torch.dtype) -> None:
+    activations = QuantScheme.parse(scheme).activations
+    assert activations is not None
+    x = (torch.randn(7, 1024) * 3).to(dtype)
+    x[1], x[2], static = 0, x[2] * 1e-4, torch.tensor([0.017]).to(dtype)
+    chosen = choose_scale(*value_range(x, activations), activations, dtype)[0] if activations.dynamic else static
+    if scheme == "fp8-static":
+        q, scale = fp8_quantize.quantize_static(x.cuda(), static.cuda()), static.cuda().float()
+    elif scheme == "fp8":
+        q, scale = fp8_quantize.quantize_rows(x.cuda())
+    else:
+        q, scale = (made[:7] for made in fp8_quantize.quantize_groups(x.cuda(), 128, 4))
+    assert torch.equal(scale.cpu().flatten(), chosen.float().flatten())
+    assert torch.equal(q.cpu().view(torch.uint8), encode(x, chosen, None, activations).view(torch.uint8))
+
+
+def test_outlier_columns_wait_for_no_device() -> None:
+    """A call that synchronized could not be captured in a graph."""
+    x, w = torch.randn(40, 576, device="cuda").bfloat16(), torch.randn(320, 576, device="cuda").bfloat16()
+    layer = QuantLinear.from_packed(PackedWeight.from_float(w, QuantScheme.parse("int8-t6"), torch.bfloat16))
+    x[:, 5] = 60
+    with torch.no_grad(), use("int8_outlier"):
+        wanted = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = layer(x)
+        graph.replay()
+    assert torch.equal(made, wanted)
+
+
+@pytest.mark.parametrize("tile_n", [192, 256])
+@pytest.mark.parametrize("shape", [(300, 520, 4095), (2048, 5120, 512), (65, 4095, 576)], ids=str)
+def test_tiles_of_both_widths_are_exact(shape: tuple[int, int, int], tile_n: int) -> None:
+    _skip_unless_it_runs("prefill")
+    q, w, exact = _operands(*shape)
+    assert torch.equal(int8_hopper.prefill(q, w, None, tile_n), exact)
+    plain = Scaling(torch.bfloat16, torch.rand(len(q), device="cuda"), torch.rand(len(w), device="cuda"))
+    got, wanted = int8_hopper.prefill(q, w, plain, tile_n).double(), plain.apply(exact).double()
+    assert (got - wanted).norm() / wanted.norm() < 4e-3
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("shape", [(700, 4096), (300, 14336), (150, 28672)], ids=str)
+def test_codes_of_many_long_rows_and_of_tiny_and_huge_values(shape: tuple[int, int], symmetric: bool) -> None:
+    activations = QuantScheme.parse("w8a8" if symmetric else "w8a8-dynamic-asym").activations
+    assert activations is not None
+    x = (torch.randn(shape) * 3 + 1).bfloat16()
+    x[0], x[1], x[2] = x[0] * 1e-30, 0, x[2] * 1e30
+    made = int8_quantize.quantize_rows(x.cuda(), symmetric)
+    scale, zero = choose_scale(*value_range(x, activations), activations, x.dtype)
+    assert torch.equal(made.q.cpu(), encode(x, scale, zero, activations))
+    assert torch.equal(made.scale.cpu(), scale.float().flatten())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_fused_quantization_is_the_chain_but_for_ties(dtype: torch.dtype) -> None:
     """A last bit of exp or rsqrt may differ from torch's, and moves a code by one where it decides a rounding."""
@@ -104,10 +160,16 @@ def test_fused_quantization_is_the_chain_but_for_ties(dtype: torch.dtype) -> Non
         assert (difference > 0).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic-asym", "w8a8-static", "w8a8-static-asym", "fp8"])
+FP8 = ["fp8", "fp8-tensor", "fp8-static", "fp8-tensor-static", "fp8-tile128"]
+INT8 = ["w8a8", "w8a8-dynamic-asym", "w8a8-static", "w8a8-static-asym", "int8-t6"]
+
+
+@pytest.mark.parametrize("scheme", [*INT8, *FP8])
 @pytest.mark.parametrize("tokens", [1, 40, 700])
 def test_a_layer_is_its_reference_by_every_kernel_that_runs_here(tokens: int, scheme: str) -> None:
-    x, w = torch.randn(tokens, 576, device="cuda").bfloat16(), torch.randn(320, 576, device="cuda").bfloat16()
+    columns = 1024 if scheme == "fp8-tile128" else 576
+    x, w = torch.randn(tokens, columns, device="cuda").bfloat16(), torch.randn(320, columns, device="cuda").bfloat16()
+    x[:, 5] *= 20 if scheme == "int8-t6" else 1
     packed = PackedWeight.from_float(w, QuantScheme.parse(scheme), torch.bfloat16)
     grid = torch.tensor([0.03], device="cuda").bfloat16() if "static" in scheme else None
     zero = torch.tensor([-5], device="cuda", dtype=torch.int8) if scheme == "w8a8-static-asym" else None

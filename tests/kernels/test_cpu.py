@@ -1,13 +1,14 @@
 """The int8 kernel of the CPU. Oracle: the reference in float64, whose only error is that of the last rounding; the
 integer sum itself must be exact."""
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from lowbit.kernels import cpu
+from lowbit.kernels import cpu, registry
 from lowbit.kernels.reference import activation_scale, int8_product
 from lowbit.numerics.affine import decode, encode
 from lowbit.numerics.scheme import QuantScheme
@@ -96,3 +97,29 @@ def test_it_refuses_a_single_column_which_torch_misreads() -> None:
     assert "one column" in (cpu.int8_refusal(x, weight) or "")
     q, codes = torch.ones(2, 1, dtype=torch.int8), torch.arange(64, dtype=torch.int8).view(64, 1)
     assert not torch.equal(torch._int_mm(q, codes.T), int8_product(q, codes))
+
+
+def test_without_vnni_the_faster_product_is_found_by_timing_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _ = problem("w8a8", 17, 64, 64)
+    assert cpu.winner(x, weight) is None or not torch.cpu._is_vnni_supported()
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    slow: list[int] = []
+
+    def seconds(call: Callable[[], Tensor]) -> float:
+        assert call().shape == (32, 64)  # M, up to a power of two
+        slow.append(len(slow))
+        return 1.0 if len(slow) % 2 else 0.5  # int8 first
+
+    monkeypatch.setattr(cpu, "least_seconds", seconds)
+    cpu.int8_is_slower.cache_clear()
+    try:
+        assert registry.pick("wa8_linear", x, weight).name == "reference"
+        assert registry.pick("wa8_linear", x[:20], weight).name == "reference"
+        assert len(slow) == 2
+        assert cpu.winner(x, problem("w8a8", 17, 64, 1)[1]) is None  # refused: nothing to time
+    finally:
+        cpu.int8_is_slower.cache_clear()
+
+
+def test_the_timing_really_runs() -> None:
+    assert cpu.int8_is_slower(2, 16, 32, torch.float32, torch.get_num_threads()) in (True, False)

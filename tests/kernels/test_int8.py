@@ -8,9 +8,8 @@ from lowbit.kernels import fp8, int8_linear
 from lowbit.kernels.cuda import int8_hopper
 from lowbit.kernels.int8 import Scaling, int8_weight, pad_columns, weight_refusal
 from lowbit.kernels.int8_matmul import CANDIDATES, int8_matmul
-from lowbit.kernels.registry import use
+from lowbit.kernels.registry import explain, use
 from lowbit.nn.linear import QuantLinear
-from lowbit.numerics.affine import choose_scale
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
@@ -81,38 +80,51 @@ def test_a_row_whose_sum_may_overflow_is_refused() -> None:
 
 def test_cuda_kernels_refuse_a_cpu() -> None:
     x, weight = _normal(2, 36), _packed("w8a8")
-    for refusal in (int8_linear.hopper_refusal, int8_linear.triton_refusal, int8_linear.turing_refusal, fp8.refusal):
+    for refusal in (int8_linear.hopper_refusal, int8_linear.triton_refusal, int8_linear.turing_refusal):
         assert "runs on CUDA devices" in str(refusal(x, weight))
 
 
-def test_llm_int8_keeps_outlier_columns_exact_where_plain_int8_loses_the_rest() -> None:
+def test_fp8_products_say_what_they_lack() -> None:
+    x = _normal(2, 512)
+    for scheme, refusal, reason in [
+        ("fp8", fp8.refusal, "runs on CUDA devices"),
+        ("fp8-tile128", fp8.tiles_refusal, "runs on CUDA devices"),
+        ("fp8-tile128", fp8.refusal, "not fp8 with a scale per channel or tensor"),
+        ("fp8-tile64", fp8.tiles_refusal, "tile of 128 x 128"),
+    ]:
+        assert reason in str(refusal(x, _packed(scheme, 128, 512)))
+    assert "no multiple of 512" in str(fp8.tiles_refusal(x, _packed("fp8-tile128", 128, 128)))
+
+
+def test_outlier_columns_stay_exact_where_plain_int8_loses_the_rest() -> None:
     """A column of 60 takes the whole range of the others; LLM.int8(), section 3.2."""
-    x, w = _normal(8, 256), _normal(24, 256, seed=1) * 0.1
+    x, w, bias = _normal(8, 256), _normal(24, 256, seed=1) * 0.1, _normal(24)
     x[:, 7] = 60.0
-    layer = QuantLinear.from_packed(PackedWeight.from_float(w, QuantScheme.parse("w8a8"), torch.float32), _normal(24))
-    exact = torch.nn.functional.linear(x, layer.packed.dequantize(), layer.bias)
     errors = {}
-    for kernel in ("cpu_int8", "llm_int8"):
-        with use(kernel):
-            errors[kernel] = float((layer(x) - exact).norm() / exact.norm())
-    assert errors["llm_int8"] < errors["cpu_int8"] / 5
+    for scheme in ("w8a8", "int8-t6"):
+        layer = QuantLinear.from_packed(PackedWeight.from_float(w, QuantScheme.parse(scheme), torch.float32), bias)
+        exact = torch.nn.functional.linear(x, layer.packed.dequantize(), bias)
+        errors[scheme] = float((layer(x) - exact).norm() / exact.norm())
+    assert errors["int8-t6"] < errors["w8a8"] / 5
 
 
-def test_llm_int8_without_outliers_is_plain_int8() -> None:
-    x = _normal(8, 256).clamp(-5, 5)
-    layer = QuantLinear.from_packed(_packed("w8a8", columns=256))
-    with use("llm_int8"):
-        apart = layer(x)
-    with use("cpu_int8"):
-        torch.testing.assert_close(apart, layer(x))
+@pytest.mark.parametrize("columns", [1, 33, 256])
+@pytest.mark.parametrize("scheme", ["int8-t6", "int8-t1.5", "int8-t0"])
+def test_the_outlier_kernel_is_its_reference(scheme: str, columns: int) -> None:
+    x = _normal(8, columns) * 2
+    x[2], x[3, 0] = 0, 30.0
+    layer = QuantLinear.from_packed(_packed(scheme, columns=columns))
+    with use("reference"):
+        wanted = layer(x)
+    with use("int8_outlier"):
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-6, atol=1e-5)
 
 
-def test_llm_int8_refuses_one_scale_for_all_activations() -> None:
-    scheme = QuantScheme.parse("w8a8-static")
-    assert scheme.activations is not None
-    reason = int8_linear.outlier_refusal(_normal(2, 36), _packed("w8a8-static"))
-    assert "outlier columns are found per call" in str(reason)
-    assert choose_scale(torch.zeros(1), torch.ones(1), scheme.activations, torch.float32)[1] is None
+def test_only_the_outlier_kernel_takes_outlier_schemes() -> None:
+    reasons = explain("wa8_linear", _normal(2, 36), _packed("int8-t6"))
+    ready = [name for name, reason in reasons.items() if reason == "ready"]
+    assert ready == ["int8_outlier", "reference"]
+    assert "keeps no columns" in explain("wa8_linear", _normal(2, 36), _packed("w8a8"))["int8_outlier"]
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 100, 300])
@@ -123,3 +135,13 @@ def test_the_decode_kernel_is_chosen_within_the_chips_limits(tokens: int, shape:
     assert chosen.split in (1, 2, 4, 8)  # 8: the largest cluster that every device of sm_90 can run
     assert chosen.split == 1 or shape[1] >= chosen.split * 2 * int8_hopper.STEP
     assert chosen.tokens >= min(tokens, 128)
+
+
+@pytest.mark.parametrize("columns", [192, 256])
+def test_a_prefill_block_fits_the_chip(columns: int) -> None:
+    assert int8_hopper.prefill_bytes(columns) <= 227 * 1024  # of one block on sm_90
+
+
+def test_narrower_tiles_are_taken_where_they_fill_the_last_round() -> None:
+    assert int8_hopper.choose_columns(1024, 6144, processors=132) == 192
+    assert {int8_hopper.choose_columns(M, N, 132) for M in (1024, 4096) for N in (4096, 28672)} == {256}

@@ -83,6 +83,13 @@ def weight_refusal(weight: PackedWeight) -> str | None:
     return None
 
 
+def activation_refusal(weight: PackedWeight) -> str | None:
+    """Why int8 products alone can't quantize activations as `weight` asks, or None."""
+    if weight.scheme.activations is not None and weight.scheme.activations.outlier is not None:
+        return f"{weight.scheme} keeps the outlying columns of x in 16 bits"
+    return None
+
+
 def padded_columns(columns: int) -> int:
     """`columns` int8 columns, padded."""
     return -(-columns // ROW_BYTES) * ROW_BYTES

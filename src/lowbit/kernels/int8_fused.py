@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from lowbit.kernels import int8_linear
+from lowbit.kernels.cpu_product import product
 from lowbit.kernels.cuda import int8_hopper
 from lowbit.kernels.int8 import Quantized, Scaling, int8_weight
 from lowbit.numerics.formats import int_format
@@ -56,6 +57,13 @@ def silu_product_quantize(gate: Tensor, up: Tensor, smooth: Tensor | None = None
     return quantize_tokens(y if smooth is None else y * smooth, symmetric)
 
 
+def product_refusal(x: Tensor) -> str | None:
+    """Why `multiply` can't run on x's device, or None."""
+    if not x.is_cuda or _by_triton(x) or installed("cuda.bindings"):
+        return None
+    return "neither triton nor cuda.bindings is installed"
+
+
 def multiply(made: Quantized, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Quantized activations [M, K] times int8 codes [N, K], transposed, scaled, plus bias [N]: [M, N] in `dtype`.
 
@@ -66,7 +74,7 @@ def multiply(made: Quantized, weight: PackedWeight, bias: Tensor | None, dtype: 
     w_sum = None if made.zero is None else ready.sums
     scaling = Scaling(dtype, made.scale, weight.scale, made.zero, w_sum, bias)
     if not made.q.is_cuda:
-        return scaling.apply(torch._int_mm(made.q, ready.codes.T))
+        return scaling.apply(product(made.q, ready.codes) if w_sum is None else torch._int_mm(made.q, ready.codes.T))
     if int8_hopper.refusal(made.q) is None and installed("cuda.bindings"):
         return int8_hopper.product(made.q, ready.codes, scaling)
     if _by_triton(made.q):

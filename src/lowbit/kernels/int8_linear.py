@@ -3,7 +3,6 @@
     hopper_int8   wgmma in CUDA C++               compute capability 9.0
     triton_int8   mma.sync or wgmma by Triton     8.0 and later
     turing_int8   mma.m8n8k16 in CUDA C++         7.5 and later; compiled and emulated here, never run on Turing itself
-    llm_int8      outlier columns in x's dtype    by name only: it computes another function (arXiv:2208.07339)
 
 x is quantized by one Triton kernel, on Turing by torch. Nothing here waits for the device.
 """
@@ -16,14 +15,12 @@ from torch import Tensor
 
 from lowbit.kernels import reference
 from lowbit.kernels.cuda import int8_hopper, int8_ladder
-from lowbit.kernels.int8 import Quantized, Scaling, int8_weight, pad_columns, weight_refusal
+from lowbit.kernels.int8 import Quantized, Scaling, activation_refusal, int8_weight, pad_columns, weight_refusal
 from lowbit.numerics.affine import encode
 from lowbit.numerics.scheme import TensorScheme
 from lowbit.optional import installed, late
 from lowbit.tensors import PackedWeight
 
-OUTLIER = 6.0  # LLM.int8(), section 3.2: columns that hold a value of at least this size stay in 16 bits
-MOST_OUTLIERS = 64  # columns; a fixed number keeps shapes, and so the device, independent of the data
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Product = Callable[[Tensor, Tensor, Scaling], Tensor]
 
@@ -38,7 +35,7 @@ def _refusal(x: Tensor, weight: PackedWeight, least: tuple[int, int], modules: t
         return f"{missing[0]} is not installed"
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}, this kernel takes float16, bfloat16 and float32"
-    return weight_refusal(weight)
+    return activation_refusal(weight) or weight_refusal(weight)
 
 
 def hopper_refusal(x: Tensor, weight: PackedWeight) -> str | None:
@@ -55,13 +52,6 @@ def triton_refusal(x: Tensor, weight: PackedWeight) -> str | None:
 def turing_refusal(x: Tensor, weight: PackedWeight) -> str | None:
     """Why turing_int8 can't run for these arguments, or None."""
     return _refusal(x, weight, (7, 5), ("cuda.bindings",))
-
-
-def outlier_refusal(x: Tensor, weight: PackedWeight) -> str | None:
-    """Why llm_int8 can't run for these arguments, or None."""
-    if weight.scheme.activations is None or not weight.scheme.activations.dynamic:
-        return f"{weight.scheme} has one scale for all activations, and outlier columns are found per call"
-    return hopper_refusal(x, weight) if x.is_cuda else weight_refusal(weight)
 
 
 def quantize(x: Tensor, scheme: TensorScheme, scale: Tensor | None, zero: Tensor | None) -> Quantized:
@@ -114,28 +104,3 @@ def turing_linear(
 def turing_product(q: Tensor, codes: Tensor, scaling: Scaling) -> Tensor:
     """q int8 [M, K] times codes int8 [N, K], transposed, scaled, by mma.m8n8k16."""
     return int8_ladder.product(int8_ladder.BY_NAME["mma_m8n8k16"], q, codes, scaling)
-
-
-def outlier_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, scale: Tensor | None = None, zero: Tensor | None = None
-) -> Tensor:
-    """LLM.int8(): the columns of x [M, K] that hold outliers in x's dtype, the rest in int8: [M, N].
-
-    bitsandbytes counts the outlier columns, which stops the host until the device has caught up. Here the
-    MOST_OUTLIERS largest columns are always taken apart, and those below OUTLIER multiply zeros.
-    """
-    largest, columns = x.abs().amax(0).topk(min(MOST_OUTLIERS, x.shape[1]))  # [M, K] -> [outliers]
-    apart = largest >= OUTLIER
-    inside = x.index_copy(1, columns, x[:, columns] * ~apart)
-    linear = hopper_linear if x.is_cuda else _torch_linear
-    assert isinstance(weight.scale, Tensor)
-    outer = weight.codes[:, columns].to(x.dtype) * weight.scale.reshape(-1, 1).to(x.dtype)  # [N, outliers]
-    return linear(inside, weight, bias) + (x[:, columns] * apart) @ outer.T
-
-
-def _torch_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    return _linear(_torch_product, x, weight, bias, (None, None))
-
-
-def _torch_product(q: Tensor, codes: Tensor, scaling: Scaling) -> Tensor:
-    return scaling.apply(torch._int_mm(q, codes.T))

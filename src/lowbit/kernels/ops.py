@@ -50,8 +50,7 @@ def _quantized_linear(
     if parsed.activations is None:
         y = pick("wna16_linear", rows, weight).run(rows, weight, bias)
     else:
-        op = "wa8_linear" if parsed.activations.outlier is None else "int8_outlier_linear"
-        y = pick(op, rows, weight).run(rows, weight, bias, input_scale, input_zero)
+        y = pick("wa8_linear", rows, weight).run(rows, weight, bias, input_scale, input_zero)
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])  # not a view: callers add to it in place
 
 

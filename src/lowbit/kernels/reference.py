@@ -5,7 +5,7 @@
 
 Both are what a compressed-tensors reader computes on the decompressed weights, to the last bit in float32.
 
-    int8_outlier    y = x_O W_O^T + s_m s_n (sum over k not in O of qx_mk qw_nk) + b
+    wa8, int8-t6    y = x_O W_O^T + s_m s_n (sum over k not in O of qx_mk qw_nk) + b
 
 LLM.int8() (arXiv:2208.07339, section 3.2): O are the columns with max_m |x_mk| >= threshold, multiplied in x's dtype.
 """
@@ -79,6 +79,8 @@ def wa8_linear(
     """x [M, K] quantized to 8 bits and back, times the dequantized weight [N, K], transposed: [M, N] in x's dtype."""
     scheme = weight.scheme.activations
     assert scheme is not None
+    if scheme.outlier is not None:
+        return _outlier_linear(x, weight, bias, scheme.outlier)
     if scheme.format.bits == 4:
         rounded = _round_to_pairs(x, scheme, static_scale)
     else:
@@ -99,25 +101,16 @@ def _round_to_pairs(x: Tensor, scheme: TensorScheme, global_scale: Tensor | None
     return microscale.decode(microscale.encode(x, scale, global_scale), scale, global_scale)
 
 
-def int8_outlier_linear(
-    x: Tensor,
-    weight: PackedWeight,
-    bias: Tensor | None,
-    static_scale: Tensor | None = None,
-    static_zero: Tensor | None = None,
-) -> Tensor:
+def _outlier_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, threshold: float) -> Tensor:
     """x [M, K] times int8 weights [N, K], transposed, with x's outlying columns in x's own dtype: [M, N].
 
     A token's scale is the largest magnitude among what stays, over 127. Codes are those of bitsandbytes, which rounds x
     to float16 first: without that, one code in twenty differs by one.
     """
-    activations = weight.scheme.activations
-    assert activations is not None
-    assert activations.outlier is not None
     assert isinstance(weight.scale, Tensor)
     bound = torch.finfo(torch.float16).max
     half = x.clamp(-bound, bound).to(torch.float16)
-    is_outlier = half.abs() >= activations.outlier if activations.outlier > 0 else torch.zeros_like(x, dtype=torch.bool)
+    is_outlier = half.abs() >= threshold if threshold > 0 else torch.zeros_like(x, dtype=torch.bool)
     columns = is_outlier.any(0)  # [K]
     inliers = half.float().masked_fill(is_outlier, 0)
     largest = inliers.abs().amax(-1, keepdim=True)  # [M, 1]

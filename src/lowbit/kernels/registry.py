@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.kernels import cpu, fp8, int8_linear, reference, wna16_triton
+from lowbit.kernels import cpu, fp8, int8_linear, int8_outlier, reference, wna16_triton
 from lowbit.kernels.cuda import wna16_dequantize, wna16_mma, wna16_wgmma
 from lowbit.kernels.measured import fastest, generation_of
 from lowbit.tensors import PackedWeight
@@ -51,11 +51,11 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         Candidate("triton_int8", int8_linear.triton_linear, int8_linear.triton_refusal),
         Candidate("turing_int8", int8_linear.turing_linear, int8_linear.turing_refusal),
         Candidate("fp8_scaled_mm", fp8.scaled_mm_linear, fp8.refusal),
+        Candidate("fp8_scaled_mm_tiles", fp8.scaled_mm_tiles, fp8.tiles_refusal),
         Candidate("cpu_int8", cpu.int8_linear, cpu.int8_refusal),
-        Candidate("llm_int8", int8_linear.outlier_linear, int8_linear.outlier_refusal),  # by name
+        Candidate("int8_outlier", int8_outlier.linear, int8_outlier.refusal),
         Candidate("reference", reference.wa8_linear, _runs_anywhere),
     ),
-    "int8_outlier_linear": (Candidate("reference", reference.int8_outlier_linear, _runs_anywhere),),
 }
 
 _forced: ContextVar[str | None] = ContextVar("lowbit_kernel", default=None)
@@ -83,6 +83,8 @@ def pick(op: str, x: Tensor, weight: PackedWeight) -> Candidate:
             raise InputError(f"kernel {forced.name!r} can't run {op}: {reason}")
         return forced
     winner = fastest(op, generation_of(x.device), weight.scheme.weights.format.name, x.shape[0])
+    if winner is None and op == "wa8_linear" and x.device.type == "cpu":
+        winner = cpu.winner(x, weight)
     ordered = sorted(candidates, key=lambda candidate: candidate.name != winner)  # stable: the others keep their order
     return next(candidate for candidate in ordered if candidate.refusal(x, weight) is None)
 

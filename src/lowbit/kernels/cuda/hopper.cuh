@@ -29,6 +29,11 @@ __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same without ordering any memory: nobody goes on before all have come here.
+__device__ __forceinline__ void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ void barrier_init(unsigned barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
 }
@@ -46,8 +51,10 @@ __device__ __forceinline__ void barrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
+// Says that this thread, and those it was in a barrier with, have read; it orders no writes before it. With
+// .release.cluster it would, by a MEMBAR.GPU that waits until all that was written to global memory has arrived there.
 __device__ __forceinline__ void barrier_arrive_remote(unsigned barrier, unsigned rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];"
                  :: "r"(remote_address(barrier, rank)) : "memory");
 }
 
@@ -74,6 +81,21 @@ __device__ __forceinline__ void copy_box_to_all(unsigned to, const TensorMap* ma
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%2, %3}], [%4], %5;"
         :: "r"(to), "l"(map), "r"(k), "r"(r), "r"(barrier), "h"(mask) : "memory");
+}
+
+// A box out of shared memory into the map's matrix, from column c and row r; what lies outside is not written. One thread
+// sends it, and later waits with stores_read before anyone writes there again. What other threads wrote there must have
+// passed shared_to_copy_engine, and then a barrier.
+__device__ __forceinline__ void store_box(const TensorMap* map, int c, int r, unsigned from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+                 "cp.async.bulk.commit_group;"
+                 :: "l"(map), "r"(c), "r"(r), "r"(from) : "memory");
+}
+template <int PENDING> __device__ __forceinline__ void stores_read() {  // all but the newest PENDING boxes were read
+    asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(PENDING) : "memory");
+}
+__device__ __forceinline__ void shared_to_copy_engine() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {

@@ -18,9 +18,11 @@ from lowbit.kernels.int8 import Scaling
 from lowbit.optional import require
 
 STEP = 128  # bytes along K in one box
-TILE_M, TILE_N, STAGES = 128, 256, 4  # of int8_wgmma.cu
+TILE_M, STAGES, CHUNK_BYTES = 128, 4, 64 * 128  # of int8_wgmma.cu
 DECODE_TOKENS = (8, 16, 32, 64, 128)  # sizes of a token tile that int8_wgmma_decode.cu is compiled for
 _SLACK = 1024  # stages start at a multiple of 1024 bytes
+_MULTIPROCESSOR_BYTES = 228 * 1024  # shared memory of sm_90
+_BLOCK_BYTES = 2048  # of a decode block beside its stages: 1024 are the system's, columns and barriers
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,25 @@ def refusal(q: Tensor) -> str | None:
 def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
     """The decode kernel for `tokens` tokens and w [width, columns], on a chip with so many multiprocessors.
 
-    Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. Above, blocks of 128 x 128
-    outputs, one a multiprocessor. Measured on H200 (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win or
-    tie for every shape of Llama-3-8B; o (4096 x 4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 8.9 undivided, 9.4
-    by 8.
+    Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. Where four and more stand on a
+    multiprocessor, as many stages as just let all run at once: with more some wait (gate_up at M=64: 35.4 us with 3,
+    41.5 with 4), with fewer they crowd (M=16: 32.5 with 5, 32.5 and 34.9 with 4 in two runs, 35.1 with 3). Above 64
+    tokens, blocks of 128 x 128 outputs, one a multiprocessor. Measured on H200
+    (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win or tie for every shape of Llama-3-8B; o (4096 x
+    4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 8.9 undivided, 9.4 by 8.
     """
     tile = next((size for size in DECODE_TOKENS if tokens <= size), DECODE_TOKENS[-1])
     rows = 64 if tile <= 64 else 128
     blocks = -(-width // rows) * -(-tokens // tile)
-    enough = processors * 3 // 2 if tile <= 64 else processors // 2 + 1
+    enough = processors * 3 // 2 if tile < 64 else processors * 7 // 5 if tile == 64 else processors // 2 + 1
     split = 1
     while split < 8 and blocks * split < enough and columns >= split * 4 * STEP:
         split *= 2
-    stages = 6 if tile <= 8 else 4 if tile <= 64 or blocks * split <= processors else 3
-    return Decode(tile, rows, stages, split)
+    if tile > 64:
+        return Decode(tile, rows, 4 if blocks * split <= processors else 3, split)
+    most, needed = 6 if tile <= 8 else 4, -(-blocks * split // processors)  # blocks a multiprocessor
+    fitting = (_MULTIPROCESSOR_BYTES // needed - _SLACK - _BLOCK_BYTES) // ((rows + tile) * STEP)
+    return Decode(tile, rows, fitting if needed > 3 and fitting >= 3 else most, split)
 
 
 def suits_decode(tokens: int, width: int, processors: int) -> bool:
@@ -81,22 +88,42 @@ def decode(q: Tensor, codes: Tensor, scaling: Scaling | None = None, config: Dec
     (rows, columns), width = q.shape, codes.shape[0]
     config = config or choose(rows, width, columns, _processors(q.device))
     blocks = -(-width // config.rows) * config.split
+    dtype = torch.int32 if scaling is None else scaling.dtype
+    out = torch.empty(rows, width, dtype=dtype, device=q.device)
     maps = _map(q, config.tokens), _map(codes, config.rows)
-    return _launch(
-        ("int8_wgmma_decode", config.defines, config.shared_bytes), maps, (q, codes, scaling),
-        (blocks, -(-rows // config.tokens), 1), config.rows * 2 + 32,
-    )  # fmt: skip
+    kernel = "int8_wgmma_decode", config.defines, config.shared_bytes
+    _launch(kernel, maps, (q, codes, scaling), out, ((blocks, -(-rows // config.tokens), 1), config.rows * 2 + 32))
+    return out
 
 
-def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None) -> Tensor:
+def choose_columns(tokens: int, width: int, processors: int) -> int:
+    """Columns of the prefill kernel's tiles: 256, or 192 where these fill the chip's last round so much better that a
+    tenth of the time is saved (6144 columns, 1024 tokens: 42.2 us for 51.9).
+    """
+    pairs, clusters = -(-tokens // (2 * TILE_M)), processors // 2
+
+    def cost(columns: int) -> int:
+        return -(-pairs * -(-width // columns) // clusters) * columns
+
+    return 192 if cost(192) < 0.9 * cost(256) else 256
+
+
+def prefill_bytes(tile_n: int) -> int:
+    """Shared memory of a prefill block: stages, two chunks of y and the columns' scales per warpgroup, barriers."""
+    return STAGES * (TILE_M + tile_n) * STEP + 4 * CHUNK_BYTES + 2 * tile_n * 4 + 2 * STAGES * 8
+
+
+def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None, tile_n: int | None = None) -> Tensor:
     """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling."""
-    pairs, across = -(-q.shape[0] // (2 * TILE_M)), -(-codes.shape[0] // TILE_N)
-    clusters = min(pairs * across, _processors(q.device) // 2)
-    maps = _map(q, TILE_M), _map(codes, TILE_N // 2)
-    return _launch(
-        ("int8_wgmma", (), STAGES * (TILE_M + TILE_N) * STEP + _SLACK), maps, (q, codes, scaling),
-        (clusters * 2, 1, 1), 384,
-    )  # fmt: skip
+    processors, dtype = _processors(q.device), torch.int32 if scaling is None else scaling.dtype
+    tile_n = tile_n or choose_columns(q.shape[0], codes.shape[0], processors)
+    tiles = -(-q.shape[0] // (2 * TILE_M)) * -(-codes.shape[0] // tile_n)
+    out = torch.empty(q.shape[0], codes.shape[0], dtype=dtype, device=q.device)
+    staged = out.shape[1] * out.itemsize % 16 == 0
+    maps = _map(q, TILE_M), _map(codes, tile_n // 2), _map(out, 64) if staged else bytes(128)
+    kernel = "int8_wgmma", (("STAGED", int(staged)), ("TILE_N", tile_n)), prefill_bytes(tile_n)
+    _launch(kernel, maps, (q, codes, scaling), out, ((min(tiles, processors // 2) * 2, 1, 1), 384))
+    return out
 
 
 def product(q: Tensor, codes: Tensor, scaling: Scaling | None = None) -> Tensor:
@@ -108,22 +135,20 @@ def product(q: Tensor, codes: Tensor, scaling: Scaling | None = None) -> Tensor:
 
 def _launch(
     kernel: tuple[str, tuple[tuple[str, int], ...], int],
-    maps: tuple[bytes, bytes],
+    maps: tuple[bytes, ...],
     operands: tuple[Tensor, Tensor, Scaling | None],
-    grid: tuple[int, int, int],
-    threads: int,
-) -> Tensor:
-    (stem, defines, shared_bytes), (q, codes, scaling) = kernel, operands
-    dtype = torch.int32 if scaling is None else scaling.dtype
-    (rows, columns), width = q.shape, codes.shape[0]
-    out = torch.empty(rows, width, dtype=dtype, device=q.device)
-    defines = (("KIND", KINDS[dtype]), *defines)
-    loaded = load_kernel(f"{stem}.cu", stem, f"128s128s{EPILOGUE}iii", q.device, defines, shared_bytes)
+    out: Tensor,
+    size: tuple[tuple[int, int, int], int],
+) -> None:
+    """kernel: file, defines, shared bytes. size: the grid, and the threads of a block."""
+    (stem, defines, shared_bytes), (q, codes, scaling), (grid, threads) = kernel, operands, size
+    defines = (("KIND", KINDS[out.dtype]), *defines)
+    parameters = "128s" * len(maps) + EPILOGUE + "iii"
+    loaded = load_kernel(f"{stem}.cu", stem, parameters, q.device, defines, shared_bytes)
     loaded.launch(
-        grid, (threads, 1, 1), (*maps, *epilogue_arguments(out, scaling), rows, width, columns), shared_bytes,
-        current_stream(q.device), early=True,
+        grid, (threads, 1, 1), (*maps, *epilogue_arguments(out, scaling), len(q), len(codes), q.shape[1]),
+        shared_bytes, current_stream(q.device), early=True,
     )  # fmt: skip
-    return out
 
 
 @lru_cache
@@ -132,21 +157,21 @@ def _processors(device: torch.device) -> int:
 
 
 def _map(matrix: Tensor, box_rows: int) -> bytes:
-    return _encoded(matrix.data_ptr(), matrix.shape[0], matrix.shape[1], box_rows)
+    return _encoded(matrix.data_ptr(), matrix.shape[0], matrix.shape[1], matrix.itemsize, box_rows)
 
 
 @lru_cache(maxsize=4096)
-def _encoded(address: int, rows: int, columns: int, box_rows: int) -> bytes:
-    """The tensor map of an int8 matrix [rows, columns]: boxes of [box_rows, 128], swizzled; zeros outside."""
+def _encoded(address: int, rows: int, columns: int, item_bytes: int, box_rows: int) -> bytes:
+    """The tensor map of a matrix [rows, columns]: boxes of box_rows times 128 bytes, swizzled; zeros outside."""
     driver: Any = require("cuda.bindings.driver", "cuda")
     one = driver.cuuint32_t(1)
     status, encoded = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_UINT{8 * item_bytes}"),
         2,
         address,
         [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(columns)],
-        [driver.cuuint32_t(STEP), driver.cuuint32_t(box_rows)],
+        [driver.cuuint64_t(columns * item_bytes)],
+        [driver.cuuint32_t(STEP // item_bytes), driver.cuuint32_t(box_rows)],
         [one, one],
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -154,5 +179,5 @@ def _encoded(address: int, rows: int, columns: int, box_rows: int) -> bytes:
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if int(status) != 0:
-        raise RuntimeError(f"cuTensorMapEncodeTiled answered {status.name} for int8 [{rows}, {columns}]")
+        raise RuntimeError(f"cuTensorMapEncodeTiled answered {status.name} for [{rows}, {columns}]")
     return ctypes.string_at(encoded.getPtr(), 128)

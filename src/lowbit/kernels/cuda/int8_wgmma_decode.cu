@@ -134,5 +134,5 @@ int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant
             if (n0 + r + 1 < N) store(e, sum.y, scale, columns[r + 1], at + 1);
         }
     }
-    if (SPLIT > 1) cluster_barrier();  // a block must not leave while the others still read its sums
+    if (SPLIT > 1) cluster_meet();  // a block must not leave while the others still read its sums
 }

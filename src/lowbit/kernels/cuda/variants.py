@@ -78,7 +78,11 @@ INT8 = (
     Variant("int8_mma_m8n8k16.cu", "int8_mma_m8n8k16", (("KIND", 1),)),
     Variant("int8_mma_m16n8k32.cu", "int8_mma_m16n8k32", (("KIND", 0),), least=(8, 0), why=_MATRIX),
     Variant("int8_mma_m16n8k32.cu", "int8_mma_m16n8k32", (("KIND", 2),), least=(8, 0), why=_MATRIX),
-    *(Variant("int8_wgmma.cu", "int8_wgmma", (("KIND", kind),), only="sm_90a", why=_WGMMA) for kind in range(4)),
+    *(
+        Variant("int8_wgmma.cu", "int8_wgmma", (("KIND", kind), *defines), only="sm_90a", why=_WGMMA)
+        for kind in range(4)
+        for defines in ((), (("STAGED", 0), ("TILE_N", 192)))
+    ),
     Variant("int8_wgmma_decode.cu", "int8_wgmma_decode", (("KIND", 0),), only="sm_90a", why=_WGMMA),
     *(
         Variant(
