@@ -95,9 +95,10 @@ def test_mma_computes_the_product(
 
 WGMMA = (
     (True, "w4a16-g128", (40, 300, 768), BFLOAT),  # ragged rows and tokens, tiles of 64
-    (False, "w4a16-g32-asym", (17, 256, 384), HALF),
+    (False, "w4a16-g32-asym", (17, 256, 1152), HALF),  # clusters; x refilled before it is read, or read before it came
     (False, "nf4-b64", (9, 264, 1088), BFLOAT),
-    (True, "w8a16-g64-asym", (70, 256, 256), BFLOAT),  # two token tiles
+    (True, "w8a16-g64-asym", (70, 130, 256), BFLOAT),
+    (True, "w2a16-g16", (130, 72, 208), HALF),  # two token tiles
 )
 
 

@@ -1,185 +1,234 @@
-// y[M, N] = x[M, K] W[N, K]^T + bias with wgmma m64nTk16 (sm_90a): 16 to some hundred tokens.
+// y[M, N] = x[M, K] W[N, K]^T + bias with wgmma m64nTk16 (sm_90a): 9 tokens and more.
 //
 // The weight is operand A from registers: what a warp decodes never goes back to shared memory. x is operand B, from
-// shared memory, so the product computed is y^T, 256 rows of the weight by TOKENS tokens in one block:
+// shared memory, so the product computed is y^T, UNIT_ROWS = 64 GROUPS_OF_WARPS rows by TOKENS tokens in one block:
 //
 //              K ──────────────────►                       x: [TOKENS][K]
 //        ┌────────┬────────┬────────┐                  128 columns a stage, two tiles of 64
-//   256  │ wg0  ─ 4 warps x 16 rows  │                  (128 bytes a row, swizzled by the row),
-//   rows │ wg1                       │   x  stage  =    loaded by all threads with cp.async,
-//        │ wg2                       │                  read by the four warpgroups
-//        │ wg3                       │
-//        └────────┴────────┴────────┘
+//   64   │ wg0  ─ 4 warps x 16 rows  │                  (128 bytes a row, swizzled by the row); every warp loads
+//   rows ├──────────────────────────┤   x  stage  =    a share of it. Barriers `full` and `empty` for each
+//   64   │ wg1                       │                  stage let a warp run two records ahead of another
+//        └──────────────────────────┘
 //
-// Each warp has a ring of records of its own strip, filled by the copy engine before the kernel before has ended.
-// Block (unit, split, token tile); splits > 1 write float32 partial sums, which `wna16_sum` of wna16_mma.cu adds.
-// Codes are exact in the products (the zero-point is taken off first), a group's sum is scaled when it is complete.
+// Each warp has a ring of records of its own strip, filled by the copy engine before the kernel before has ended. While
+// the tensor cores work on one batch of steps, the warp decodes the next: operand registers are double, wgmma waits for
+// the batch before the last. A code becomes (code - zero) scale, rounded to x's type: the sums then run over all of K
+// without a stop at each group. fp16: the scale is taken 2^-FAST_BITS smaller (no overflow), y's factor larger.
+//
+// Block (unit, token tile, split); `splits` blocks of a unit are a cluster, each with its slice of K. At the end all sums
+// lie in shared memory, and each block of the cluster finishes its share of the outputs, adding in the order of K.
 #include "wgmma_half.cuh"
 #include "wna16_record.cuh"
 
-// TOKENS 16, 32 or 64; WEIGHT_STAGES records and X_STAGES tiles in flight
-constexpr int WARPS = 16, THREADS = 512, UNIT_ROWS = 256;
+// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; WEIGHT_STAGES records and X_STAGES (4 or 8) stages in flight
+constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS, UNIT_ROWS = 16 * WARPS;
 constexpr int X_TILE = TOKENS * 128, X_STAGE = 2 * X_TILE;  // bytes
 constexpr int RING_AT = X_STAGES * X_STAGE;
-constexpr int BARRIERS_AT = RING_AT + WARPS * WEIGHT_STAGES * RECORD_BYTES;
-constexpr int TABLE_AT = BARRIERS_AT + WARPS * WEIGHT_STAGES * 8;  // [16 levels][32 lanes]
-constexpr int SUMS = TOKENS / 2;  // accumulators of a thread
-constexpr int OUT_PITCH = UNIT_ROWS + 8;
+constexpr int WORK_BYTES = RING_AT + WARPS * WEIGHT_STAGES * RECORD_BYTES;
+constexpr int SUM_PITCH = UNIT_ROWS + 4;  // floats of one token; 4 more so that a quad's columns differ in bank
+constexpr int SUMS_BYTES = TOKENS * SUM_PITCH * 4;  // in the place of x and the rings, at the end
+constexpr int BARRIERS_AT = ((WORK_BYTES > SUMS_BYTES ? WORK_BYTES : SUMS_BYTES) + 127) / 128 * 128;
+constexpr int FULL_AT = BARRIERS_AT + WARPS * WEIGHT_STAGES * 8, EMPTY_AT = FULL_AT + X_STAGES * 8;
+constexpr int TABLE_AT = (EMPTY_AT + X_STAGES * 8 + 127) / 128 * 128;
+constexpr int X_AHEAD = X_STAGES - 2;  // x is asked for so many records before it is multiplied
+constexpr int HALF_STEPS = 4, BATCH = 2, BATCHES = HALF_STEPS / BATCH;  // of 16 columns; 4 at once: ptxas does not end
 
 SHARED_MEMORY(1024);
 
-// 128 columns of x from k0, to a stage: row t of tile h at 128 t, its 16-byte piece c at c xor (t mod 8)
-DEVICE void load_x(u32 stage, const u16* x, int tokens, int k0, int K) {
+// 128 columns of x, or the `columns` that are left: row t of tile h at 128 t, its 16-byte piece c at c xor (t mod 8)
+DEVICE void load_x(u32 stage, const u16* x, int tokens, int columns, int K) {
 #pragma unroll
     for (int at = threadIdx.x; at < TOKENS * 16; at += THREADS) {
-        int token = at / 16, piece = at % 16, k = k0 + 8 * piece;
-        bool valid = token < tokens && k < K;
+        int token = at / 16, piece = at % 16, k = 8 * piece;
+        bool valid = token < tokens && k < columns;
         u32 to = stage + piece / 8 * X_TILE + token * 128 + ((piece % 8 ^ token % 8) << 4);
         copy_16_or_zeros(to, valid ? x + static_cast<size_t>(token) * K + k : x, valid);
     }
 }
 
-// what has to be taken off the decoded operands of rows g and g + 8, as pairs of halves
+// this warp's share of stage i has come, and the tensor cores may see it
+DEVICE void announce_x(u32 base, int i, int lane) {
+    copies_wait<X_AHEAD - 1>();
+    proxy_fence();  // cp.async wrote, wgmma reads
+    __syncwarp();
+    if (lane == 0) barrier_arrive(base + FULL_AT + i % X_STAGES * 8);
+}
+
+// what stands beside the codes of rows g and g + 8 in one group, each as a pair of equal halves
+struct GroupPairs {
+    u32 offset[2], scale[2], rest[2];  // rest: of a scale that one bf16 does not hold; tables only
+};
+
 DEVICE u32 offset_pair(u32 zero) {
     if constexpr (FORMAT == 8 && XTYPE) return to_x(static_cast<float>(static_cast<int>(zero) - 128)) * 0x00010001u;
     return MAGIC | zero * 0x00010001u;
 }
 
-DEVICE void exact_operand(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, u32 low, u32 high, u32 magic, u32 table) {
-    if constexpr (IS_LUT) {  // one level at a time, each lane from its own bank
-        u32 w = words[j];
+DEVICE GroupPairs load_group(const u8* record, int group, int g) {
+    GroupPairs pairs;
+    u32 zeros[2] = {1u << (FAST_BITS - 1), 1u << (FAST_BITS - 1)};
+    if constexpr (ASYM) {
+        u32 both = *reinterpret_cast<const u16*>(record + CODE_BYTES + SCALE_BYTES + group * 16 + 2 * g);
+        zeros[0] = both & 0xFF, zeros[1] = both >> 8;
+    }
+    Pair scales = load_scales(record, group, g);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float scale = row ? scales.high : scales.low;
+        if constexpr (!XTYPE && !IS_LUT) scale *= 1.f / (1 << FAST_BITS);
+        u16 rounded = to_x(scale);
+        pairs.scale[row] = rounded * 0x00010001u;
+        if constexpr (IS_LUT && XTYPE) pairs.rest[row] = to_x(scale - from_x(rounded)) * 0x00010001u;
+        if constexpr (HAS_OFFSET) pairs.offset[row] = offset_pair(zeros[row]);
+    }
+    return pairs;
+}
+
+// operand A of step j: weights, rounded to x's type
+DEVICE void weights_of(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, const GroupPairs& pairs, u32 magic, u32 column) {
+    if constexpr (IS_LUT) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            u32 first = load_shared(table + ((w >> (8 * i) & 15) << 7));
-            u32 second = load_shared(table + ((w >> (8 * i + 4) & 15) << 7));
-            a[i] = __byte_perm(first, second, 0x5410);
+            u32 at = masked<0x7F80u>(i == 0 ? words[j] << 7 : words[j] >> (8 * i - 7), column);
+            a[i] = *reinterpret_cast<const u32*>(shared + TABLE_AT + at);
         }
     } else {
         decode(a, words, j, magic, 0);
         if constexpr (HAS_OFFSET)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[i] = sub2(a[i], i % 2 ? high : low);
+            for (int i = 0; i < 4; ++i) a[i] = sub2(a[i], pairs.offset[i % 2]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (IS_LUT && XTYPE) a[i] = fma2(a[i], pairs.scale[i % 2], mul2(a[i], pairs.rest[i % 2]));
+        else a[i] = mul2(a[i], pairs.scale[i % 2]);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-wna16_wgmma(const u8* records, const u16* x, const u16* levels, const float* factor, const u16* bias, u16* y,
-            float* partial, int M, int N, int K, int splits) {
+// y of this block's share: item (token, 8 rows), the sums of all blocks of the cluster added in their order
+DEVICE void finish(const float* factor, const u16* bias, u16* y, int M, int N, int splits, int split, int n0, int first_token) {
+    const int pieces = UNIT_ROWS / 8, items = min(M - first_token, TOKENS) * pieces;
+    const float unit_scale = *factor * (XTYPE || IS_LUT ? 1.f : static_cast<float>(1 << FAST_BITS));
+    for (int item = items * split / splits + threadIdx.x; item < items * (split + 1) / splits; item += THREADS) {
+        int token = item / pieces, row = item % pieces * 8, n = n0 + row;
+        if (n >= N) continue;
+        float sum[8] = {};
+#pragma unroll 4
+        for (int rank = 0; rank < splits; ++rank) {
+            u32 from = shared_address(shared) + (token * SUM_PITCH + row) * 4;
+            float4 low = load_four_from_rank(from, rank), high = load_four_from_rank(from + 16, rank);
+            sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
+            sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
+        }
+        u16* to = y + static_cast<size_t>(first_token + token) * N + n;
+        u32 out[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[i] = to_x(sum[i] * unit_scale + (bias && n + i < N ? from_x(bias[n + i]) : 0.f));
+        if (N % 8 == 0)
+            *reinterpret_cast<uint4*>(to) = make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16,
+                                                       out[4] | out[5] << 16, out[6] | out[7] << 16);
+        else
+            for (int i = 0; i < 8 && n + i < N; ++i) to[i] = static_cast<u16>(out[i]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+wna16_wgmma(const u8* records, const u16* x, const u16* levels, const float* factor, const u16* bias, u16* y, int M,
+            int N, int K, int splits, int token_tiles) {
     let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-    const int unit = blockIdx.x / splits, split = blockIdx.x % splits, first_token = blockIdx.y * TOKENS;
-    const int tokens = min(M - first_token, TOKENS), per_strip = (K + RECORD_K - 1) / RECORD_K;
-    const int begin = split * per_strip / splits, end = (split + 1) * per_strip / splits;
+    const int split = blockIdx.x % splits, unit = blockIdx.x / splits / token_tiles;
+    const int first_token = blockIdx.x / splits % token_tiles * TOKENS;
+    const int per_strip = (K + RECORD_K - 1) / RECORD_K;
+    const int begin = split * per_strip / splits, count = (split + 1) * per_strip / splits - begin;
+    const u32 base = shared_address(shared), arrivals = base + BARRIERS_AT + warp * WEIGHT_STAGES * 8;
     const int strip = min(unit * WARPS + warp, (N + STRIP - 1) / STRIP - 1);
-    const u8* from = records + static_cast<size_t>(strip) * per_strip * RECORD_BYTES;
-    const u32 base = shared_address(shared), barriers = base + BARRIERS_AT + warp * WEIGHT_STAGES * 8;
+    const u8* from = records + (static_cast<size_t>(strip) * per_strip + begin) * RECORD_BYTES;
     u8* ring = shared + RING_AT + warp * WEIGHT_STAGES * RECORD_BYTES;
-    const u64 policy = evict_first_policy();
-    auto fetch = [&](int record, int slot) {
-        if (lane == 0 && record < end) {
-            barrier_expect(barriers + 8 * slot, RECORD_BYTES);
-            bulk_copy(shared_address(ring + slot * RECORD_BYTES), from + static_cast<size_t>(record) * RECORD_BYTES,
-                      RECORD_BYTES, barriers + 8 * slot, policy);
+    const u64 policy = token_tiles == 1 ? evict_first_policy() : evict_last_policy();
+    auto fetch = [&](int i, int slot) {
+        if (lane == 0 && i < count) {
+            barrier_expect(arrivals + 8 * slot, RECORD_BYTES);
+            bulk_copy(shared_address(ring + slot * RECORD_BYTES), from + static_cast<size_t>(i) * RECORD_BYTES,
+                      RECORD_BYTES, arrivals + 8 * slot, policy);
         }
     };
     if (lane == 0) {
-        for (int i = 0; i < WEIGHT_STAGES; ++i) barrier_init(barriers + 8 * i, 1);
+        for (int i = 0; i < WEIGHT_STAGES; ++i) barrier_init(arrivals + 8 * i, 1);
+        for (int i = 0; warp == 0 && i < 2 * X_STAGES; ++i) barrier_init(base + FULL_AT + 8 * i, WARPS);
         barrier_init_fence();
     }
     __syncwarp();
-    for (int i = 0; i < WEIGHT_STAGES; ++i) fetch(begin + i, i);
-    if constexpr (IS_LUT)
-        reinterpret_cast<u32*>(shared + TABLE_AT)[threadIdx.x] = levels[threadIdx.x / 32] * 0x00010001u;
+    for (int i = 0; i < WEIGHT_STAGES; ++i) fetch(i, i);
+    if constexpr (IS_LUT)  // one byte -> two levels, a copy for each lane
+        for (int i = threadIdx.x; i < TABLE_WORDS; i += THREADS)
+            reinterpret_cast<u32*>(shared + TABLE_AT)[i] = levels[i / 32 & 15] | static_cast<u32>(levels[i / 32 >> 4]) << 16;
+    __syncthreads();
+
     wait_for_kernel_before();
-    x += static_cast<size_t>(first_token) * K;
+    x += static_cast<size_t>(first_token) * K + begin * RECORD_K;
+    const int tokens = min(M - first_token, TOKENS), columns = K - begin * RECORD_K;
 #pragma unroll
-    for (int i = 0; i < X_STAGES - 1; ++i) {
-        if (begin + i < end) load_x(base + i * X_STAGE, x, tokens, (begin + i) * RECORD_K, K);
+    for (int i = 0; i < X_AHEAD; ++i) {
+        if (i < count) load_x(base + i * X_STAGE, x + i * RECORD_K, tokens, columns - i * RECORD_K, K);
         copies_commit();
     }
+    announce_x(base, 0, lane);
 
-    float acc[SUMS] = {}, sums[SUMS];
-    const u32 magic = opaque(MAGIC), table = base + TABLE_AT + 4 * lane;
-    int slot = 0, x_slot = 0;
+    float acc[TOKENS / 2] = {};
+    u32 a[2][BATCH][4];
+    const u32 magic = opaque(MAGIC), column = 4 * lane;
+    int slot = 0;
     u32 parity = 0;
-    for (int record = begin; record < end; ++record) {
-        copies_wait<X_STAGES - 2>();
-        proxy_fence();  // cp.async wrote, wgmma reads
-        __syncthreads();  // x has come for all, and all are done with the stage that is filled next
-        int ahead = record + X_STAGES - 1, ahead_slot = (x_slot + X_STAGES - 1) % X_STAGES;
-        if (ahead < end) load_x(base + ahead_slot * X_STAGE, x, tokens, ahead * RECORD_K, K);
+    for (int i = 0; i < count; ++i) {
+        const int ahead = i + X_AHEAD;
+        if (ahead < count) {
+            u32 stage = ahead % X_STAGES;
+            if (ahead >= X_STAGES) barrier_wait(base + EMPTY_AT + 8 * stage, (ahead / X_STAGES - 1) & 1);
+            load_x(base + stage * X_STAGE, x + ahead * RECORD_K, tokens, columns - ahead * RECORD_K, K);
+        }
         copies_commit();
-        barrier_wait(barriers + 8 * slot, parity);
-        const u8* mine = ring + slot * RECORD_BYTES;
+        if (i + 1 < count) announce_x(base, i + 1, lane);
+        barrier_wait(arrivals + 8 * slot, parity);
+        const u8* record = ring + slot * RECORD_BYTES;
+        const u64 b = descriptor_of(base + i % X_STAGES * X_STAGE);
+        GroupPairs pairs;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            u32 words[HALF_WORDS], a[4][4];
-            load_codes(words, mine, half, lane);
-            u32 low = 0, high = 0;
+            u32 words[HALF_WORDS];
+            load_codes(words, record, half, lane);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                int step = 4 * half + j;
-                if (HAS_OFFSET && (j == 0 || step % GROUP_STEPS == 0)) {
-                    u32 zeros = 0x00010001u << (FAST_BITS - 1);
-                    if constexpr (ASYM) {
-                        u32 both = *reinterpret_cast<const u16*>(mine + CODE_BYTES + SCALE_BYTES + step / GROUP_STEPS * 16 + 2 * g);
-                        zeros = (both & 0xFF) | (both >> 8) << 16;
-                    }
-                    low = offset_pair(zeros & 0xFFFF), high = offset_pair(zeros >> 16);
+            for (int batch = half * BATCHES; batch < (half + 1) * BATCHES; ++batch) {
+                u32(&operands)[BATCH][4] = a[batch % 2];
+                wgmma_wait<1>();  // of the batch before the last, whose registers these are
+                if (batch == 1 && i > 0 && lane == 0) barrier_arrive(base + EMPTY_AT + (i - 1) % X_STAGES * 8);
+#pragma unroll
+                for (int at = 0; at < BATCH; ++at) {
+                    int step = batch * BATCH + at;
+                    if (step % GROUP_STEPS == 0) pairs = load_group(record, step / GROUP_STEPS, g);
+                    weights_of(operands[at], words, step % HALF_STEPS, pairs, magic, column);
                 }
-                exact_operand(a[j], words, j, low, high, magic, table);
-            }
-            const u64 b = descriptor_of(base + x_slot * X_STAGE + half * X_TILE);
+                if (batch == 0) barrier_wait(base + FULL_AT + i % X_STAGES * 8, i / X_STAGES & 1);
+                wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                int step = 4 * half + j;
-                if (j == 0 || step % GROUP_STEPS == 0) wgmma_fence();
-                wgmma(sums, a[j], b + 2 * j, step % GROUP_STEPS != 0);
-                if (step % GROUP_STEPS == GROUP_STEPS - 1) {
-                    wgmma_commit();
-                    Pair scale = load_scales(mine, step / GROUP_STEPS, g);
-                    wgmma_wait();
-#pragma unroll
-                    for (int i = 0; i < SUMS; ++i) acc[i] += (i % 4 < 2 ? scale.low : scale.high) * sums[i];
-                } else if (j == 3) {
-                    wgmma_commit();
-                }
+                for (int at = 0; at < BATCH; ++at)
+                    wgmma(acc, operands[at], b + half * (X_TILE / 16) + 2 * ((batch * BATCH + at) % HALF_STEPS));
+                wgmma_commit();
             }
         }
         __syncwarp();
-        fetch(record + WEIGHT_STAGES, slot);
+        fetch(i + WEIGHT_STAGES, slot);
         if (++slot == WEIGHT_STAGES) slot = 0, parity ^= 1;
-        if (++x_slot == X_STAGES) x_slot = 0;
     }
-
-    const int row = 16 * warp + g, n0 = unit * UNIT_ROWS;
-    if (splits > 1) {
-#pragma unroll
-        for (int i = 0; i < SUMS; ++i) {
-            int token = i / 4 * 8 + 2 * (lane % 4) + i % 2, n = n0 + row + i % 4 / 2 * 8;
-            if (token < tokens && n < N)
-                partial[(static_cast<size_t>(split) * M + first_token + token) * N + n] = acc[i];
-        }
-        return;
-    }
+    wgmma_wait<0>();
     copies_wait<0>();
-    __syncthreads();  // x is not needed any more: its place holds y, [TOKENS][OUT_PITCH]
-    u16* out = reinterpret_cast<u16*>(shared);
-    const float unit_scale = *factor;
+    __syncthreads();  // nobody needs x or records any more: their place takes the sums
+    float* sums = reinterpret_cast<float*>(shared);
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) {
-        int token = i / 4 * 8 + 2 * (lane % 4) + i % 2, at = row + i % 4 / 2 * 8;
-        float b = bias && n0 + at < N ? from_x(bias[n0 + at]) : 0.f;
-        out[token * OUT_PITCH + at] = to_x(acc[i] * unit_scale + b);
-    }
-    __syncthreads();
-    const bool vectors = N % 8 == 0 && n0 + UNIT_ROWS <= N;
-    for (int at = threadIdx.x; at < tokens * (UNIT_ROWS / 8); at += THREADS) {
-        int token = at / (UNIT_ROWS / 8), piece = at % (UNIT_ROWS / 8) * 8;
-        u16* to = y + static_cast<size_t>(first_token + token) * N + n0 + piece;
-        const u16* mine = out + token * OUT_PITCH + piece;
-        if (vectors) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(mine);
-        else
-            for (int i = 0; i < 8 && n0 + piece + i < N; ++i) to[i] = mine[i];
-    }
+    for (int i = 0; i < TOKENS / 2; ++i)
+        sums[(i / 4 * 8 + 2 * (lane % 4) + i % 2) * SUM_PITCH + 16 * warp + g + i % 4 / 2 * 8] = acc[i];
+    if (splits > 1) cluster_sync();
+    else __syncthreads();
+    finish(factor, bias, y, M, N, splits, split, unit * UNIT_ROWS, first_token);
+    if (splits > 1) cluster_sync();  // nobody leaves while others read its sums
 }
