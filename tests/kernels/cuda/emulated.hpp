@@ -41,6 +41,7 @@ inline int max(int a, int b) { return a > b ? a : b; }
 #define __shared__
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define SHARED_MEMORY(alignment)
 
 // ---- blocks, threads, fibers ----
@@ -228,7 +229,6 @@ inline u64 descriptor_of(u32 address) {
 }
 inline void wgmma_fence() {}
 inline void wgmma_commit() { self->products.emplace_back(); }
-inline void proxy_fence() {}
 #ifdef TOKENS
 inline void for_all(const std::function<void(int)>& act) { for (int thread = 0; thread < 128; ++thread) act(thread); }
 // d += a b, performed at the wait: operands in shared memory must stand until then
@@ -318,6 +318,26 @@ inline void barrier_arrive(u32 at) {
     MemoryBarrier& barrier = barrier_at(at);
     --barrier.pending;
     barrier_check(barrier);
+}
+struct TensorMap { u64 address; int rows, row_bytes, box_rows; u8 unused[108]; };  // as test_wna16_emulated.py writes it
+inline void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrier) {
+    if (to % 1024) fail("a swizzled tile not at a multiple of 1024 bytes");
+    u8* target = at_address(to);
+    MemoryBarrier* counted = &barrier_at(barrier);
+    TensorMap copied = *map;
+    auto copy = [=] {
+        for (int r = 0; r < copied.box_rows; ++r)
+            for (int i = 0; i < 128; ++i) {
+                bool inside = row + r < copied.rows && byte + i < copied.row_bytes;
+                const u8* from = reinterpret_cast<const u8*>(copied.address);
+                target[r * 128 + (i ^ (r % 8) << 4)] =
+                    inside ? from[static_cast<size_t>(row + r) * copied.row_bytes + byte + i] : 0;
+            }
+        counted->bytes -= copied.box_rows * 128;
+        barrier_check(*counted);
+    };
+    if (eager) copy();
+    else counted->copies.push_back(copy);
 }
 inline u64 evict_first_policy() { return 0; }
 inline u64 evict_last_policy() { return 0; }

@@ -37,6 +37,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
             monkeypatch.setattr(module, "load_kernel", load)
             monkeypatch.setattr(module, "current_stream", lambda device: 0)
             monkeypatch.setattr(module, "gpu_of", lambda device: GPUS[architecture], raising=False)
+        monkeypatch.setattr(wna16_wgmma, "tensor_map", emulator.Map)
         for cached in (wna16_mma.plan_of, wna16_mma.sum_kernel, wna16_wgmma.plan_of, wna16_dequantize.kernel):
             cached.cache_clear()
 

@@ -10,7 +10,6 @@
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // until at most PENDING committed groups are under way
 template <int PENDING>
@@ -19,6 +18,14 @@ DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n
 // 128-byte swizzle, K-major: 8 rows of 128 bytes repeat every 1024 bytes
 DEVICE u64 descriptor_of(u32 address) {
     return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3FFFF) >> 4);
+}
+
+struct alignas(64) TensorMap { unsigned char opaque[128]; };  // CUtensorMap (tensor_map.py)
+
+// the box of a map from a byte of the row and a row, swizzled; counted on the barrier
+DEVICE void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(byte), "r"(row), "r"(barrier) : "memory");
 }
 
 // two products, each rounded to nearest even

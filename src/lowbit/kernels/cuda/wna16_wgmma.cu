@@ -5,9 +5,9 @@
 //
 //              K ──────────────────►                       x: [TOKENS][K]
 //        ┌────────┬────────┬────────┐                  128 columns a stage, two tiles of 64
-//   64   │ wg0  ─ 4 warps x 16 rows  │                  (128 bytes a row, swizzled by the row); every warp loads
-//   rows ├──────────────────────────┤   x  stage  =    a share of it. Barriers `full` and `empty` for each
-//   64   │ wg1                       │                  stage let a warp run two records ahead of another
+//   64   │ wg0  ─ 4 warps x 16 rows  │                  (128 bytes a row, swizzled by the row), brought by the
+//   rows ├──────────────────────────┤   x  stage  =    copy engine. Barriers `full` and `empty` for each stage
+//   64   │ wg1                       │                  let a warp run two records ahead of another
 //        └──────────────────────────┘
 //
 // Each warp has a ring of records of its own strip, filled by the copy engine before the kernel before has ended. While
@@ -34,25 +34,6 @@ constexpr int X_AHEAD = X_STAGES - 2;  // x is asked for so many records before 
 constexpr int HALF_STEPS = 4, BATCH = 2, BATCHES = HALF_STEPS / BATCH;  // of 16 columns; 4 at once: ptxas does not end
 
 SHARED_MEMORY(1024);
-
-// 128 columns of x, or the `columns` that are left: row t of tile h at 128 t, its 16-byte piece c at c xor (t mod 8)
-DEVICE void load_x(u32 stage, const u16* x, int tokens, int columns, int K) {
-#pragma unroll
-    for (int at = threadIdx.x; at < TOKENS * 16; at += THREADS) {
-        int token = at / 16, piece = at % 16, k = 8 * piece;
-        bool valid = token < tokens && k < columns;
-        u32 to = stage + piece / 8 * X_TILE + token * 128 + ((piece % 8 ^ token % 8) << 4);
-        copy_16_or_zeros(to, valid ? x + static_cast<size_t>(token) * K + k : x, valid);
-    }
-}
-
-// this warp's share of stage i has come, and the tensor cores may see it
-DEVICE void announce_x(u32 base, int i, int lane) {
-    copies_wait<X_AHEAD - 1>();
-    proxy_fence();  // cp.async wrote, wgmma reads
-    __syncwarp();
-    if (lane == 0) barrier_arrive(base + FULL_AT + i % X_STAGES * 8);
-}
 
 // what stands beside the codes of rows g and g + 8 in one group, each as a pair of equal halves
 struct GroupPairs {
@@ -133,7 +114,7 @@ DEVICE void finish(const float* factor, const u16* bias, u16* y, int M, int N, i
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-wna16_wgmma(const u8* records, const u16* x, const u16* levels, const float* factor, const u16* bias, u16* y, int M,
+wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* levels, const float* factor, const u16* bias, u16* y, int M,
             int N, int K, int splits, int token_tiles) {
     let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
@@ -155,7 +136,10 @@ wna16_wgmma(const u8* records, const u16* x, const u16* levels, const float* fac
     };
     if (lane == 0) {
         for (int i = 0; i < WEIGHT_STAGES; ++i) barrier_init(arrivals + 8 * i, 1);
-        for (int i = 0; warp == 0 && i < 2 * X_STAGES; ++i) barrier_init(base + FULL_AT + 8 * i, WARPS);
+        for (int i = 0; warp == 0 && i < X_STAGES; ++i) {
+            barrier_init(base + FULL_AT + 8 * i, 1);
+            barrier_init(base + EMPTY_AT + 8 * i, WARPS);
+        }
         barrier_init_fence();
     }
     __syncwarp();
@@ -166,14 +150,15 @@ wna16_wgmma(const u8* records, const u16* x, const u16* levels, const float* fac
     __syncthreads();
 
     wait_for_kernel_before();
-    x += static_cast<size_t>(first_token) * K + begin * RECORD_K;
-    const int tokens = min(M - first_token, TOKENS), columns = K - begin * RECORD_K;
-#pragma unroll
-    for (int i = 0; i < X_AHEAD; ++i) {
-        if (i < count) load_x(base + i * X_STAGE, x + i * RECORD_K, tokens, columns - i * RECORD_K, K);
-        copies_commit();
-    }
-    announce_x(base, 0, lane);
+    auto fetch_x = [&](int i) {  // by one lane
+        const u32 stage = base + i % X_STAGES * X_STAGE, full = base + FULL_AT + i % X_STAGES * 8;
+        const int byte = (begin + i) * RECORD_K * 2;
+        barrier_expect(full, X_STAGE);
+        copy_box(stage, &x, byte, first_token, full);
+        copy_box(stage + X_TILE, &x, byte + 128, first_token, full);
+    };
+    if (threadIdx.x == 0)
+        for (int i = 0; i < min(X_AHEAD, count); ++i) fetch_x(i);
 
     float acc[TOKENS / 2] = {};
     u32 a[2][BATCH][4];
@@ -182,13 +167,10 @@ wna16_wgmma(const u8* records, const u16* x, const u16* levels, const float* fac
     u32 parity = 0;
     for (int i = 0; i < count; ++i) {
         const int ahead = i + X_AHEAD;
-        if (ahead < count) {
-            u32 stage = ahead % X_STAGES;
-            if (ahead >= X_STAGES) barrier_wait(base + EMPTY_AT + 8 * stage, (ahead / X_STAGES - 1) & 1);
-            load_x(base + stage * X_STAGE, x + ahead * RECORD_K, tokens, columns - ahead * RECORD_K, K);
+        if (warp == i % WARPS && lane == 0 && ahead < count) {  // each in its turn
+            if (ahead >= X_STAGES) barrier_wait(base + EMPTY_AT + ahead % X_STAGES * 8, (ahead / X_STAGES - 1) & 1);
+            fetch_x(ahead);
         }
-        copies_commit();
-        if (i + 1 < count) announce_x(base, i + 1, lane);
         barrier_wait(arrivals + 8 * slot, parity);
         const u8* record = ring + slot * RECORD_BYTES;
         const u64 b = descriptor_of(base + i % X_STAGES * X_STAGE);
@@ -221,7 +203,6 @@ wna16_wgmma(const u8* records, const u16* x, const u16* levels, const float* fac
         if (++slot == WEIGHT_STAGES) slot = 0, parity ^= 1;
     }
     wgmma_wait<0>();
-    copies_wait<0>();
     __syncthreads();  // nobody needs x or records any more: their place takes the sums
     float* sums = reinterpret_cast<float*>(shared);
 #pragma unroll

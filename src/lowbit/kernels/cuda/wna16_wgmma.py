@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lowbit.kernels.cuda.compiler import Kernel, current_stream, load_kernel
 from lowbit.kernels.cuda.device import gpu_of, gpu_refusal, on_device_of
+from lowbit.kernels.cuda.tensor_map import tensor_map
 from lowbit.kernels.cuda.wna16_layout import Defines, fast, form_defines
 from lowbit.kernels.layout import FastForm, FastWeight, form_refusal
 from lowbit.tensors import PackedWeight
 
-_PARAMETERS = "PPPPPPiiiii"
+_PARAMETERS = "P128sPPPPiiiii"
 _MOST_SPLITS = 8  # blocks in a cluster that every GPU with clusters can run
 _TABLE_BYTES = 32 * 1024
 
@@ -47,8 +48,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: the kernel, its grid, threads and shared memory; slices of K (a cluster), tiles of tokens."""
+    """One launch: the tile, its kernel, grid, threads and shared memory; slices of K (a cluster), tiles of tokens."""
 
+    tile: Tile
     kernel: Kernel
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -89,7 +91,8 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
     bias = None if bias is None else bias.to(x.dtype)
     plan = plan_of(weight.form, shape, tokens, x.dtype, x.device)
     levels = weight.levels[x.dtype].data_ptr() if weight.levels is not None else 0
-    tensors = (weight.records.data_ptr(), x.data_ptr(), levels, weight.factor.data_ptr())
+    x_map = tensor_map(x.data_ptr(), tokens, 2 * columns, plan.tile.tokens)
+    tensors = (weight.records.data_ptr(), x_map, levels, weight.factor.data_ptr())
     results = (0 if bias is None else bias.data_ptr(), y.data_ptr())
     arguments = (*tensors, *results, tokens, rows, columns, plan.splits, plan.token_tiles)
     overlaps, stream = gpu_of(x.device).overlaps_launches, current_stream(x.device)
@@ -115,7 +118,7 @@ def plan_for(
     kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, defines, shared)
     token_tiles = -(-tokens // tile.tokens)
     grid = (-(-shape[0] // tile.rows) * token_tiles * splits, 1, 1)
-    return Plan(kernel, grid, (128 * tile.warpgroups, 1, 1), shared, splits, token_tiles)
+    return Plan(tile, kernel, grid, (128 * tile.warpgroups, 1, 1), shared, splits, token_tiles)
 
 
 def _cost_us(plan: Plan, tile: Tile, records: int) -> float:
