@@ -20,17 +20,17 @@
 #include "wgmma_half.cuh"
 #include "wna16_record.cuh"
 
-// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; WEIGHT_STAGES records and X_STAGES (4 or 8) stages in flight
+// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; STAGES (3 or 4) records of a warp and stages of x in flight
 constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS, UNIT_ROWS = 16 * WARPS;
 constexpr int X_TILE = TOKENS * 128, X_STAGE = 2 * X_TILE;  // bytes
-constexpr int RING_AT = X_STAGES * X_STAGE;
-constexpr int WORK_BYTES = RING_AT + WARPS * WEIGHT_STAGES * RECORD_BYTES;
+constexpr int RING_AT = STAGES * X_STAGE;
+constexpr int WORK_BYTES = RING_AT + WARPS * STAGES * RECORD_BYTES;
 constexpr int SUM_PITCH = UNIT_ROWS + 4;  // floats of one token; 4 more so that a quad's columns differ in bank
 constexpr int SUMS_BYTES = TOKENS * SUM_PITCH * 4;  // in the place of x and the rings, at the end
 constexpr int BARRIERS_AT = ((WORK_BYTES > SUMS_BYTES ? WORK_BYTES : SUMS_BYTES) + 127) / 128 * 128;
-constexpr int FULL_AT = BARRIERS_AT + WARPS * WEIGHT_STAGES * 8, EMPTY_AT = FULL_AT + X_STAGES * 8;
-constexpr int TABLE_AT = (EMPTY_AT + X_STAGES * 8 + 127) / 128 * 128;
-constexpr int X_AHEAD = X_STAGES - 2;  // x is asked for so many records before it is multiplied
+constexpr int FULL_AT = BARRIERS_AT + WARPS * STAGES * 8, EMPTY_AT = FULL_AT + STAGES * 8;
+constexpr int TABLE_AT = (EMPTY_AT + STAGES * 8 + 127) / 128 * 128;
+constexpr int X_AHEAD = STAGES - 2;  // x is asked for so many records before it is multiplied
 constexpr int HALF_STEPS = 4, BATCH = 2, BATCHES = HALF_STEPS / BATCH;  // of 16 columns; 4 at once: ptxas does not end
 
 SHARED_MEMORY(1024);
@@ -122,10 +122,10 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
     const int first_token = blockIdx.x / splits % token_tiles * TOKENS;
     const int per_strip = (K + RECORD_K - 1) / RECORD_K;
     const int begin = split * per_strip / splits, count = (split + 1) * per_strip / splits - begin;
-    const u32 base = shared_address(shared), arrivals = base + BARRIERS_AT + warp * WEIGHT_STAGES * 8;
+    const u32 base = shared_address(shared), arrivals = base + BARRIERS_AT + warp * STAGES * 8;
     const int strip = min(unit * WARPS + warp, (N + STRIP - 1) / STRIP - 1);
     const u8* from = records + (static_cast<size_t>(strip) * per_strip + begin) * RECORD_BYTES;
-    u8* ring = shared + RING_AT + warp * WEIGHT_STAGES * RECORD_BYTES;
+    u8* ring = shared + RING_AT + warp * STAGES * RECORD_BYTES;
     const u64 policy = token_tiles == 1 ? evict_first_policy() : evict_last_policy();
     auto fetch = [&](int i, int slot) {
         if (lane == 0 && i < count) {
@@ -135,72 +135,73 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         }
     };
     if (lane == 0) {
-        for (int i = 0; i < WEIGHT_STAGES; ++i) barrier_init(arrivals + 8 * i, 1);
-        for (int i = 0; warp == 0 && i < X_STAGES; ++i) {
+        for (int i = 0; i < STAGES; ++i) barrier_init(arrivals + 8 * i, 1);
+        for (int i = 0; warp == 0 && i < STAGES; ++i) {
             barrier_init(base + FULL_AT + 8 * i, 1);
             barrier_init(base + EMPTY_AT + 8 * i, WARPS);
         }
         barrier_init_fence();
     }
     __syncwarp();
-    for (int i = 0; i < WEIGHT_STAGES; ++i) fetch(i, i);
+    for (int i = 0; i < STAGES; ++i) fetch(i, i);
     if constexpr (IS_LUT)  // one byte -> two levels, a copy for each lane
         for (int i = threadIdx.x; i < TABLE_WORDS; i += THREADS)
             reinterpret_cast<u32*>(shared + TABLE_AT)[i] = levels[i / 32 & 15] | static_cast<u32>(levels[i / 32 >> 4]) << 16;
     __syncthreads();
 
     wait_for_kernel_before();
-    auto fetch_x = [&](int i) {  // by one lane
-        const u32 stage = base + i % X_STAGES * X_STAGE, full = base + FULL_AT + i % X_STAGES * 8;
+    auto fetch_x = [&](int i, int stage) {  // by one lane
+        const u32 to = base + stage * X_STAGE, full = base + FULL_AT + stage * 8;
         const int byte = (begin + i) * RECORD_K * 2;
         barrier_expect(full, X_STAGE);
-        copy_box(stage, &x, byte, first_token, full);
-        copy_box(stage + X_TILE, &x, byte + 128, first_token, full);
+        copy_box(to, &x, byte, first_token, full);
+        copy_box(to + X_TILE, &x, byte + 128, first_token, full);
     };
     if (threadIdx.x == 0)
-        for (int i = 0; i < min(X_AHEAD, count); ++i) fetch_x(i);
+        for (int i = 0; i < min(X_AHEAD, count); ++i) fetch_x(i, i);
 
     float acc[TOKENS / 2] = {};
     u32 a[2][BATCH][4];
     const u32 magic = opaque(MAGIC), column = 4 * lane;
-    int slot = 0;
-    u32 parity = 0;
-    for (int i = 0; i < count; ++i) {
-        const int ahead = i + X_AHEAD;
-        if (warp == i % WARPS && lane == 0 && ahead < count) {  // each in its turn
-            if (ahead >= X_STAGES) barrier_wait(base + EMPTY_AT + ahead % X_STAGES * 8, (ahead / X_STAGES - 1) & 1);
-            fetch_x(ahead);
-        }
-        barrier_wait(arrivals + 8 * slot, parity);
-        const u8* record = ring + slot * RECORD_BYTES;
-        const u64 b = descriptor_of(base + i % X_STAGES * X_STAGE);
-        GroupPairs pairs;
+    const u64 x_tiles = descriptor_of(base);
+    for (int first = 0; first < count; first += STAGES) {
+        const u32 parity = first / STAGES & 1;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int stage = 0; stage < STAGES; ++stage) {  // unrolled, so that a stage's addresses are constants
+            const int i = first + stage;
+            if (i >= count) break;
+            if (warp == i % WARPS && lane == 0 && i + X_AHEAD < count) {  // each in its turn
+                constexpr int LAST = STAGES - X_AHEAD;  // stages before this one still fill this round's
+                if (first > 0 || stage >= LAST)
+                    barrier_wait(base + EMPTY_AT + (stage + X_AHEAD) % STAGES * 8, stage < LAST ? parity ^ 1 : parity);
+                fetch_x(i + X_AHEAD, (stage + X_AHEAD) % STAGES);
+            }
+            barrier_wait(arrivals + 8 * stage, parity);
+            const u8* record = ring + stage * RECORD_BYTES;
+            GroupPairs pairs;
             u32 words[HALF_WORDS];
-            load_codes(words, record, half, lane);
 #pragma unroll
-            for (int batch = half * BATCHES; batch < (half + 1) * BATCHES; ++batch) {
+            for (int batch = 0; batch < 2 * BATCHES; ++batch) {
                 u32(&operands)[BATCH][4] = a[batch % 2];
+                if (batch % BATCHES == 0) load_codes(words, record, batch / BATCHES, lane);
                 wgmma_wait<1>();  // of the batch before the last, whose registers these are
-                if (batch == 1 && i > 0 && lane == 0) barrier_arrive(base + EMPTY_AT + (i - 1) % X_STAGES * 8);
+                if (batch == 1 && i > 0 && lane == 0) barrier_arrive(base + EMPTY_AT + (stage + STAGES - 1) % STAGES * 8);
 #pragma unroll
                 for (int at = 0; at < BATCH; ++at) {
                     int step = batch * BATCH + at;
                     if (step % GROUP_STEPS == 0) pairs = load_group(record, step / GROUP_STEPS, g);
                     weights_of(operands[at], words, step % HALF_STEPS, pairs, magic, column);
                 }
-                if (batch == 0) barrier_wait(base + FULL_AT + i % X_STAGES * 8, i / X_STAGES & 1);
+                if (batch == 0) barrier_wait(base + FULL_AT + stage * 8, parity);
                 wgmma_fence();
 #pragma unroll
                 for (int at = 0; at < BATCH; ++at)
-                    wgmma(acc, operands[at], b + half * (X_TILE / 16) + 2 * ((batch * BATCH + at) % HALF_STEPS));
+                    wgmma(acc, operands[at], x_tiles + (stage * X_STAGE + batch / BATCHES * X_TILE) / 16 + 2 * ((batch * BATCH + at) % HALF_STEPS));
                 wgmma_commit();
             }
+            __syncwarp();
+            fetch(i + STAGES, stage);
         }
-        __syncwarp();
-        fetch(i + WEIGHT_STAGES, slot);
-        if (++slot == WEIGHT_STAGES) slot = 0, parity ^= 1;
     }
     wgmma_wait<0>();
     __syncthreads();  // nobody needs x or records any more: their place takes the sums

@@ -29,8 +29,7 @@ class Tile:
 
     tokens: int
     warpgroups: int
-    weight_stages: int
-    x_stages: int
+    stages: int
     blocks: int
 
     @property
@@ -40,8 +39,8 @@ class Tile:
     def shared_bytes(self, form: FastForm) -> int:
         """Shared memory as wna16_wgmma.cu lays it out: x and records, or the sums in their place; barriers, table."""
         warps = 4 * self.warpgroups
-        work = self.x_stages * self.tokens * 256 + warps * self.weight_stages * form.record_bytes
-        barriers = 8 * (warps * self.weight_stages + 2 * self.x_stages)
+        work = self.stages * (self.tokens * 256 + warps * form.record_bytes)
+        barriers = 8 * self.stages * (warps + 2)
         table = _TABLE_BYTES if form.codes == "lut" else 0
         return _aligned(_aligned(max(work, self.tokens * (self.rows + 4) * 4)) + barriers) + table
 
@@ -135,11 +134,10 @@ def _cost_us(plan: Plan, tile: Tile, records: int) -> float:
 def tile_of(form: FastForm, tokens: int) -> Tile:
     """The tile for `tokens` rows of x; records of 8-bit codes are twice as large, so fewer are in flight."""
     wanted = next((size for size in (16, 32, 64) if tokens <= size), 128)
-    return Tile(wanted, 4, 3 if form.codes in ("int8", "lut") else 4, 4, 1)
+    return Tile(wanted, 4, 3 if wanted == 128 or form.codes == "int8" else 4, 1)
 
 
 def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
     """The defines that compile wna16_wgmma.cu."""
-    stages = (("WEIGHT_STAGES", tile.weight_stages), ("X_STAGES", tile.x_stages), ("BLOCKS", tile.blocks))
-    shape = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups), *stages)
+    shape = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups), ("STAGES", tile.stages), ("BLOCKS", tile.blocks))
     return (*form_defines(form), ("XTYPE", int(dtype == torch.bfloat16)), *shape)
