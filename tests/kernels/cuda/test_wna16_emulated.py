@@ -95,19 +95,23 @@ def test_mma_computes_the_product(
 
 
 WGMMA = (
-    (True, "w4a16-g128", (40, 300, 768), BFLOAT),  # ragged rows and tokens, tiles of 64
-    (False, "w4a16-g32-asym", (17, 256, 1152), HALF),  # clusters; x refilled before it is read, or read before it came
-    (False, "nf4-b64", (9, 264, 1088), BFLOAT),
-    (True, "w8a16-g64-asym", (70, 130, 256), BFLOAT),
-    (True, "w2a16-g16", (130, 72, 208), HALF),  # two token tiles
+    # copies eager, most slices of K, scheme, (M, N, K), dtype
+    (True, 8, "w4a16-g128", (40, 300, 768), BFLOAT),  # ragged rows and tokens, tiles of 64; a cluster
+    (False, 1, "w4a16-g32-asym", (17, 56, 1152), HALF),  # three rounds of stages, copies late,
+    (True, 1, "w4a16-g64", (3, 40, 1152), BFLOAT),  # and early
+    (False, 8, "nf4-b64", (9, 264, 1088), BFLOAT),
+    (True, 2, "w8a16-g64-asym", (70, 130, 1024), BFLOAT),  # three stages
+    (True, 8, "w2a16-g16", (130, 72, 208), HALF),  # two token tiles
 )
 
 
-@pytest.mark.parametrize(("eager", "scheme", "shape", "dtype"), WGMMA)
+@pytest.mark.parametrize(("eager", "splits", "scheme", "shape", "dtype"), WGMMA)
 def test_wgmma_computes_the_product(
-    emulate: Emulate, eager: bool, scheme: str, shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, splits: int, scheme: str,
+    shape: tuple[int, int, int], dtype: torch.dtype,
+) -> None:  # fmt: skip
     emulate(900, eager)
+    monkeypatch.setattr(wna16_wgmma, "_MOST_SPLITS", splits)
     check(wna16_wgmma._linear, scheme, shape, dtype)
 
 
