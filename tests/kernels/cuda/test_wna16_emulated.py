@@ -105,6 +105,13 @@ WGMMA = (
 )
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_two_blocks_of_wgmma_may_share_rows(emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool) -> None:
+    emulate(900, eager)
+    monkeypatch.setattr(wna16_wgmma, "tiles_of", lambda form, tokens: (wna16_wgmma.Tile(16, 4, 3, 1, paired=True),))
+    check(wna16_wgmma._linear, "w4a16-g64-asym", (20, 880, 1024), BFLOAT)
+
+
 @pytest.mark.parametrize(("eager", "splits", "scheme", "shape", "dtype"), WGMMA)
 def test_wgmma_computes_the_product(
     emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, splits: int, scheme: str,

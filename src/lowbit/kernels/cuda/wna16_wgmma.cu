@@ -15,12 +15,12 @@
 // the batch before the last. A code becomes (code - zero) scale, rounded to x's type: the sums then run over all of K
 // without a stop at each group. fp16: the scale is taken 2^-FAST_BITS smaller (no overflow), y's factor larger.
 //
-// Block (unit, token tile, split); `splits` blocks of a unit are a cluster, each with its slice of K. At the end all sums
-// lie in shared memory, and each block of the cluster finishes its share of the outputs, adding in the order of K.
+// Block (unit, token tile, rank); the `splits` blocks of a unit are a cluster, each with its slice of K. At the end all
+// sums lie in shared memory, and each block of the cluster finishes its share of the outputs.
 #include "wgmma_half.cuh"
 #include "wna16_record.cuh"
 
-// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; STAGES (3 or 4) records of a warp and stages of x in flight
+// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; PAIRED, see Work; STAGES (3 or 4) records of a warp and stages of x in flight
 constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS, UNIT_ROWS = 16 * WARPS;
 constexpr int X_TILE = TOKENS * 128, X_STAGE = 2 * X_TILE;  // bytes
 constexpr int RING_AT = STAGES * X_STAGE;
@@ -86,18 +86,42 @@ DEVICE void weights_of(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, const
     }
 }
 
-// y of this block's share: item (token, 8 rows), the sums of all blocks of the cluster added in their order
-DEVICE void finish(const float* factor, const u16* bias, u16* y, int M, int N, int splits, int split, int n0, int first_token) {
-    const int pieces = UNIT_ROWS / 8, items = min(M - first_token, TOKENS) * pieces;
+// What a warpgroup multiplies: 64 rows from `row`, records `begin` to `end` - 1 of those that its block reads. PAIRED: two
+// blocks share 7 x 64 rows; three warpgroups of each have 64 rows of their own, the fourth has half of K of the last 64.
+struct Work {
+    int row, begin, end;
+
+    DEVICE Work(int unit, int rank, int warpgroup, int count) {
+        row = unit * UNIT_ROWS + 64 * warpgroup, begin = 0, end = count;
+        if constexpr (PAIRED) {
+            const int middle = min((count / 2 + STAGES - 1) / STAGES * STAGES, count);  // both start at the first stage
+            row = (unit * 7 + (warpgroup == 3 ? 6 : 3 * rank + warpgroup)) * 64;
+            if (warpgroup == 3) begin = rank ? middle : 0, end = rank ? count : middle;
+        }
+    }
+};
+
+// y of this block's share: items (token, 8 rows), the sums of all that have any added in an order that hangs on the item
+// alone. Each block starts with its own sums: if all read the first block's at once, its memory was the limit.
+DEVICE void finish(const float* factor, const u16* bias, u16* y, int M, int N, int splits, int unit, int rank, int first_token) {
+    constexpr int PIECES = UNIT_ROWS / 8;
+    const int items = min(M - first_token, TOKENS) * PIECES;
+    const int first = PAIRED ? 0 : items * rank / splits, last = PAIRED ? items : items * (rank + 1) / splits;
     const float unit_scale = *factor * (XTYPE || IS_LUT ? 1.f : static_cast<float>(1 << FAST_BITS));
-    for (int item = items * split / splits + threadIdx.x; item < items * (split + 1) / splits; item += THREADS) {
-        int token = item / pieces, row = item % pieces * 8, n = n0 + row;
+    for (int item = first + threadIdx.x; item < last; item += THREADS) {
+        int token = item / PIECES, row = item % PIECES * 8, n = unit * UNIT_ROWS + row, ranks = splits;
+        if constexpr (PAIRED) {
+            bool shared_rows = row >= 192;  // of which a block finishes every second token
+            if (shared_rows && token % 2 != rank) continue;
+            n = unit * 448 + (shared_rows ? 192 : 192 * rank) + row, ranks = shared_rows ? 2 : 1;
+        }
         if (n >= N) continue;
         float sum[8] = {};
 #pragma unroll 4
-        for (int rank = 0; rank < splits; ++rank) {
+        for (int i = 0; i < ranks; ++i) {
+            int other = rank + i < splits ? rank + i : rank + i - splits;
             u32 from = shared_address(shared) + (token * SUM_PITCH + row) * 4;
-            float4 low = load_four_from_rank(from, rank), high = load_four_from_rank(from + 16, rank);
+            float4 low = load_four_from_rank(from, other), high = load_four_from_rank(from + 16, other);
             sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
             sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
         }
@@ -118,17 +142,19 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
             int N, int K, int splits, int token_tiles) {
     let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-    const int split = blockIdx.x % splits, unit = blockIdx.x / splits / token_tiles;
+    const int rank = blockIdx.x % splits, unit = blockIdx.x / splits / token_tiles;
     const int first_token = blockIdx.x / splits % token_tiles * TOKENS;
     const int per_strip = (K + RECORD_K - 1) / RECORD_K;
-    const int begin = split * per_strip / splits, count = (split + 1) * per_strip / splits - begin;
+    const int begin = PAIRED ? 0 : rank * per_strip / splits;
+    const int count = PAIRED ? per_strip : (rank + 1) * per_strip / splits - begin;
+    const Work work(unit, rank, warp / 4, count);
     const u32 base = shared_address(shared), arrivals = base + BARRIERS_AT + warp * STAGES * 8;
-    const int strip = min(unit * WARPS + warp, (N + STRIP - 1) / STRIP - 1);
+    const int strip = min(work.row / STRIP + warp % 4, (N + STRIP - 1) / STRIP - 1);
     const u8* from = records + (static_cast<size_t>(strip) * per_strip + begin) * RECORD_BYTES;
     u8* ring = shared + RING_AT + warp * STAGES * RECORD_BYTES;
     const u64 policy = token_tiles == 1 ? evict_first_policy() : evict_last_policy();
     auto fetch = [&](int i, int slot) {
-        if (lane == 0 && i < count) {
+        if (lane == 0 && i < work.end) {
             barrier_expect(arrivals + 8 * slot, RECORD_BYTES);
             bulk_copy(shared_address(ring + slot * RECORD_BYTES), from + static_cast<size_t>(i) * RECORD_BYTES,
                       RECORD_BYTES, arrivals + 8 * slot, policy);
@@ -143,7 +169,7 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         barrier_init_fence();
     }
     __syncwarp();
-    for (int i = 0; i < STAGES; ++i) fetch(i, i);
+    for (int i = 0; i < STAGES; ++i) fetch(work.begin + i, i);
     if constexpr (IS_LUT)  // one byte -> two levels, a copy for each lane
         for (int i = threadIdx.x; i < TABLE_WORDS; i += THREADS)
             reinterpret_cast<u32*>(shared + TABLE_AT)[i] = levels[i / 32 & 15] | static_cast<u32>(levels[i / 32 >> 4]) << 16;
@@ -165,7 +191,7 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
     const u32 magic = opaque(MAGIC), column = 4 * lane;
     const u64 x_tiles = descriptor_of(base);
     for (int first = 0; first < count; first += STAGES) {
-        const u32 parity = first / STAGES & 1;
+        const u32 parity = first / STAGES & 1, ring_parity = (first - work.begin) / STAGES & 1;
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {  // unrolled, so that a stage's addresses are constants
             const int i = first + stage;
@@ -176,7 +202,13 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
                     barrier_wait(base + EMPTY_AT + (stage + X_AHEAD) % STAGES * 8, stage < LAST ? parity ^ 1 : parity);
                 fetch_x(i + X_AHEAD, (stage + X_AHEAD) % STAGES);
             }
-            barrier_wait(arrivals + 8 * stage, parity);
+            if (PAIRED && (i < work.begin || i >= work.end)) {
+                wgmma_wait<0>();
+                if (i > 0 && lane == 0) barrier_arrive(base + EMPTY_AT + (stage + STAGES - 1) % STAGES * 8);
+                barrier_wait(base + FULL_AT + stage * 8, parity);
+                continue;
+            }
+            barrier_wait(arrivals + 8 * stage, ring_parity);
             const u8* record = ring + stage * RECORD_BYTES;
             GroupPairs pairs;
             u32 words[HALF_WORDS];
@@ -211,6 +243,6 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         sums[(i / 4 * 8 + 2 * (lane % 4) + i % 2) * SUM_PITCH + 16 * warp + g + i % 4 / 2 * 8] = acc[i];
     if (splits > 1) cluster_sync();
     else __syncthreads();
-    finish(factor, bias, y, M, N, splits, split, unit * UNIT_ROWS, first_token);
+    finish(factor, bias, y, M, N, splits, unit, rank, first_token);
     if (splits > 1) cluster_sync();  // nobody leaves while others read its sums
 }

@@ -25,16 +25,25 @@ _TABLE_BYTES = 32 * 1024
 
 @dataclass(frozen=True)
 class Tile:
-    """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM."""
+    """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM.
+
+    paired: two blocks share 7 x 64 rows, 448, where whole blocks would leave multiprocessors idle.
+    """
 
     tokens: int
     warpgroups: int
     stages: int
     blocks: int
+    paired: bool = False
 
     @property
     def rows(self) -> int:
         return 64 * self.warpgroups
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a cluster."""
+        return 448 if self.paired else self.rows
 
     def shared_bytes(self, form: FastForm) -> int:
         """Shared memory as wna16_wgmma.cu lays it out: x and records, or the sums in their place; barriers, table."""
@@ -102,9 +111,12 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
 @cache
 def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """The launch for a weight [N, K] of this form and `tokens` rows of x."""
-    tile = tile_of(form, tokens)
-    plans = [plan_for(tile, form, shape, tokens, dtype, device, splits) for splits in range(1, _MOST_SPLITS + 1)]
-    return min(plans, key=lambda plan: _cost_us(plan, tile, -(-shape[1] // 128)))
+    plans = [
+        plan_for(tile, form, shape, tokens, dtype, device, splits)
+        for tile in tiles_of(form, tokens)
+        for splits in ([2] if tile.paired else range(1, min(_MOST_SPLITS, -(-shape[1] // 128)) + 1))
+    ]
+    return min(plans, key=lambda plan: _cost_us(plan, -(-shape[1] // 128), gpu_of(device).processors))
 
 
 def plan_for(
@@ -116,28 +128,41 @@ def plan_for(
     defines = wgmma_defines(form, dtype, tile)
     kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, defines, shared)
     token_tiles = -(-tokens // tile.tokens)
-    grid = (-(-shape[0] // tile.rows) * token_tiles * splits, 1, 1)
+    grid = (-(-shape[0] // tile.unit_rows) * token_tiles * splits, 1, 1)
     return Plan(tile, kernel, grid, (128 * tile.warpgroups, 1, 1), shared, splits, token_tiles)
 
 
-def _cost_us(plan: Plan, tile: Tile, records: int) -> float:
-    """What a plan should take: rounds of clusters, each start, slice of K and sum (microseconds of an H200)."""
-    if plan.splits > records:
-        return float("inf")
-    at_once = plan.kernel.clusters_at_once(plan.block, plan.shared_bytes, plan.splits)
+def _cost_us(plan: Plan, records: int, processors: int) -> float:
+    """What a plan should take: rounds of clusters, each a start, a slice of K and the sums (microseconds of an H200)."""
+    tile, at_once = plan.tile, processors * plan.tile.blocks
+    if plan.splits > 1:
+        at_once = plan.kernel.clusters_at_once(plan.block, plan.shared_bytes, plan.splits)
     rounds = -(-plan.grid[0] // plan.splits // max(at_once, 1))
-    step = max(0.5, tile.tokens / 128 * 1.2) * tile.warpgroups / 4
-    end = 1.0 + tile.tokens * tile.rows / 32768 * (1.5 if plan.splits > 1 else 0.5)
-    return rounds * (2.5 + -(-records // plan.splits) * step + end)
+    step, slices = _STEP_US[tile.tokens, tile.warpgroups] * (3.5 / 4 if tile.paired else 1), plan.splits
+    if tile.paired:
+        slices = 1
+    added = 0.017 * tile.tokens * tile.rows / 256 * (slices - 1)
+    return rounds * (-(-records // slices) * step + 3.5 + added)
 
 
-def tile_of(form: FastForm, tokens: int) -> Tile:
-    """The tile for `tokens` rows of x; records of 8-bit codes are twice as large, so fewer are in flight."""
+# A step of 128 columns of a multiprocessor's blocks, by tokens and warpgroups: bench/results/wna16_tiles_h200.json
+_STEP_US = {
+    (16, 4): 0.69, (32, 4): 0.77, (64, 4): 0.97, (128, 4): 1.35,
+    (16, 2): 0.92, (32, 2): 1.03, (64, 2): 0.97, (128, 2): 0.76,
+}  # fmt: skip
+
+
+def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
+    """Tiles worth trying for `tokens` rows of x. Records of 8-bit codes are twice as large: fewer are in flight."""
     wanted = next((size for size in (16, 32, 64) if tokens <= size), 128)
-    return Tile(wanted, 4, 3 if wanted == 128 or form.codes == "int8" else 4, 1)
+    stages = 3 if wanted == 128 or form.codes == "int8" else 4
+    half = Tile(wanted, 2, stages, 1 if wanted == 128 or form.codes == "lut" else 2)
+    whole = Tile(wanted, 4, stages, 1)
+    return whole, half, Tile(wanted, 4, stages, 1, paired=True)
 
 
 def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
     """The defines that compile wna16_wgmma.cu."""
     shape = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups), ("STAGES", tile.stages), ("BLOCKS", tile.blocks))
+    shape = (*shape, ("PAIRED", int(tile.paired)))
     return (*form_defines(form), ("XTYPE", int(dtype == torch.bfloat16)), *shape)
