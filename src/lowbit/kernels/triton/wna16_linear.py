@@ -3,17 +3,18 @@
     y[m,n] = sum_k x[m,k] w[n,k] + bias[n],   w = (q - zero) scale, or levels[code] absmax, rounded to x's dtype
 
 No fast layout. `_product` reads whole 32-bit words: element i of all words of a tile makes one product with every
-32/B-th column of x, so nothing is moved between lanes (a load for each code took 1590 us where this file's M=1 kernel
-is meant to be near the memory's speed). One token is multiplied and summed in float32, more by tl.dot. Codes that
+32/B-th column of x, so nothing is moved between lanes (a load for each code took 1590 us for one
+token and 28672 x 4096 on an H200, this 85). One token is multiplied and summed in float32, more by tl.dot. Codes that
 straddle words (3, 5, 6, 7 bits), or groups that cut a word, go to `_product_of_codes`, a load for each code.
 """
 
+from functools import cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch import int32 as torch_int32
 
 from lowbit.numerics.codebook import NestedAbsmax, levels_of
 from lowbit.tensors import PackedWeight
@@ -102,7 +103,13 @@ def _product_of_codes(
 
 
 # tokens up to: BLOCK_M, BLOCK_N, BLOCK_W (words), warps
-TILES = ((1, 1, 16, 32, 4), (16, 16, 32, 32, 4), (1 << 30, 64, 64, 16, 4))
+TILES = ((1, 1, 32, 64, 4), (16, 16, 32, 32, 4), (64, 64, 64, 16, 4), (1 << 30, 128, 128, 16, 8))
+
+
+@cache
+def _levels(name: str, device: torch.device) -> Tensor:
+    """A format's table on a device, copied there once: a copy can't be captured in a graph."""
+    return levels_of(name).to(device)
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -117,7 +124,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     by_words = columns % 8 == 0 and group % 8 == 0 if codebook else 32 % scheme.bits == 0 and (
         per_row <= 1 or group % (32 // scheme.bits) == 0)  # fmt: skip
     if codebook and by_words:
-        codes = codes.reshape(-1).view(torch_int32).view(rows, -1)  # [N, K/8]
+        codes = codes.reshape(-1).view(torch.int32).view(rows, -1)  # [N, K/8]
     y = x.new_empty(tokens, rows)
     _, block_m, block_n, block_w, warps = next(tile for tile in TILES if tokens <= tile[0])
     shape: dict[str, Any] = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "num_warps": warps}
@@ -126,7 +133,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     grid = (triton.cdiv(rows, shape["BLOCK_N"]), triton.cdiv(tokens, shape["BLOCK_M"]))
     (_product if by_words else _product_of_codes)[grid](
         x.contiguous(), codes, scale, None if zero is None else zero.contiguous(),
-        levels_of(scheme.format.name).to(x.device) if codebook else None, bias, y,
+        _levels(scheme.format.name, x.device) if codebook else None, bias, y,
         tokens, rows, per_row, int(per_row > 1), words=codes.shape[1] if codes.dim() == 2 else 0, K=columns,
         BITS=0 if codebook else scheme.bits, GROUP=group, HAS_ZERO=zero is not None, HAS_BIAS=bias is not None, **shape,
     )  # fmt: skip
