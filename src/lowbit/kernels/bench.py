@@ -131,9 +131,10 @@ def rows_for(
 
 def _sensible(candidate: Candidate, tokens: int) -> bool:
     """Leaves out what nobody would run: tiles of 16 tokens for thousands, a whole dequantized weight for one."""
-    return {"cuda_mma": tokens <= 64, "cuda_dequantize": tokens >= 64, "cuda_wgmma": 4 <= tokens <= 1024}.get(
-        candidate.name, True
+    least, most = {"cuda_mma": (1, 32), "cuda_dequantize": (256, 1 << 30), "triton_wna16": (1, 64)}.get(
+        candidate.name, (1, 1 << 30)
     )
+    return least <= tokens <= most
 
 
 def _call(candidate: Candidate, x: Tensor, weight: PackedWeight) -> Callable[[], Tensor]:

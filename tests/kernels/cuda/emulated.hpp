@@ -30,6 +30,7 @@ typedef unsigned long long u64;
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 struct dim3 { int x, y, z; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
@@ -40,6 +41,7 @@ inline int max(int a, int b) { return a > b ? a : b; }
 #define __shared__
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define SHARED_MEMORY(alignment)
 
 // ---- blocks, threads, fibers ----
@@ -73,7 +75,7 @@ struct Block {
     std::map<u32, MemoryBarrier> barriers;
 };
 
-struct Product { float* d; u32 a[4]; u64 b; int add; };
+struct Product { float* d; u32 a[4]; u64 b; };
 
 struct Thread {
     ucontext_t context;
@@ -82,7 +84,7 @@ struct Thread {
     dim3 index;
     bool done = false;
     std::vector<std::vector<std::function<void()>>> copy_groups{1};
-    std::vector<Product> products;
+    std::vector<std::vector<Product>> products{1};  // by group; the last is the open one
 };
 
 inline std::vector<std::unique_ptr<Thread>> threads;
@@ -163,6 +165,13 @@ inline u16 to_x(float value) {
 inline u32 sub2(u32 a, u32 b) {
     return to_x(from_x(a & 0xFFFF) - from_x(b & 0xFFFF)) | static_cast<u32>(to_x(from_x(a >> 16) - from_x(b >> 16))) << 16;
 }
+inline u32 mul2(u32 a, u32 b) {
+    return to_x(from_x(a & 0xFFFF) * from_x(b & 0xFFFF)) | static_cast<u32>(to_x(from_x(a >> 16) * from_x(b >> 16))) << 16;
+}
+inline u32 fma2(u32 a, u32 b, u32 c) {
+    return to_x(from_x(a & 0xFFFF) * from_x(b & 0xFFFF) + from_x(c & 0xFFFF)) |
+           static_cast<u32>(to_x(from_x(a >> 16) * from_x(b >> 16) + from_x(c >> 16))) << 16;
+}
 template <u32 MASK> u32 masked(u32 a, u32 b) { return (a & MASK) | b; }
 template <u32 MASK> u32 masked_not(u32 a, u32 b) { return (~a & MASK) | b; }
 inline u32 opaque(u32 constant) { return constant; }
@@ -219,38 +228,40 @@ inline u64 descriptor_of(u32 address) {
     return (address & 0x3FFFF) >> 4;
 }
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-inline void proxy_fence() {}
+inline void wgmma_commit() { self->products.emplace_back(); }
 #ifdef TOKENS
+inline void for_all(const std::function<void(int)>& act) { for (int thread = 0; thread < 128; ++thread) act(thread); }
 // d += a b, performed at the wait: operands in shared memory must stand until then
-inline void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u64 b, int add) {
-    self->products.push_back({d, {a[0], a[1], a[2], a[3]}, b, add});
+
+inline void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u64 b) {
+    self->products.back().push_back({d, {a[0], a[1], a[2], a[3]}, b});
 }
 inline float b_at(u64 descriptor, int n, int k) {
-    u32 address = static_cast<u32>(descriptor) << 4;
+    u32 address = (static_cast<u32>(descriptor) << 4) + (self->block->rank << 24);  // of the block that asks
     address += n / 8 * 1024 + n % 8 * 128 + 2 * k;
     address ^= (address >> 7 & 7) << 4;
     u16 bits;
     memcpy(&bits, at_address(address), 2);
     return from_x(bits);
 }
-inline void wgmma_wait() {
+template <int PENDING> void wgmma_wait() {
     Meeting& meeting = warpgroup();
     meet(meeting, 128, "wgmma", &self->products, [&] {
-        auto of = [&](int thread) { return static_cast<std::vector<Product>*>(meeting.brought[thread]); };
-        for (size_t i = 0; i < of(0)->size(); ++i)
-            for (int row = 0; row < 64; ++row)
-                for (int n = 0; n < TOKENS; ++n) {
-                    int first = row / 16 * 32;
-                    double sum = 0;
-                    for (int k = 0; k < 16; ++k)
-                        sum += static_cast<double>(a_at([&](int l) { return (*of(first + l))[i].a; }, row % 16, k)) *
-                               b_at((*of(first))[i].b, n, k);
-                    Product& product = (*of(first + row % 8 * 4 + n % 8 / 2))[i];
-                    float& d = product.d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
-                    d = (product.add ? d : 0.f) + static_cast<float>(sum);
-                }
-        for (int thread = 0; thread < 128; ++thread) of(thread)->clear();
+        auto of = [&](int thread) { return static_cast<std::vector<std::vector<Product>>*>(meeting.brought[thread]); };
+        for (; static_cast<int>(of(0)->size()) > PENDING + 1;
+             for_all([&](int thread) { of(thread)->erase(of(thread)->begin()); }))
+            for (size_t i = 0; i < of(0)->front().size(); ++i)
+                for (int row = 0; row < 64; ++row)
+                    for (int n = 0; n < TOKENS; ++n) {
+                        int first = row / 16 * 32;
+                        double sum = 0;
+                        for (int k = 0; k < 16; ++k)
+                            sum += static_cast<double>(
+                                       a_at([&](int l) { return of(first + l)->front()[i].a; }, row % 16, k)) *
+                                   b_at(of(first)->front()[i].b, n, k);
+                        Product& product = of(first + row % 8 * 4 + n % 8 / 2)->front()[i];
+                        product.d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2] += static_cast<float>(sum);
+                    }
     });
 }
 #endif
@@ -270,6 +281,13 @@ inline float load_from_rank(u32 address, u32 rank) {
     float value;
     memcpy(&value, at_address((address & 0xFFFFFF) | rank << 24), 4);
     return value;
+}
+
+inline float4 load_four_from_rank(u32 address, u32 rank) {
+    if (address % 16) fail("four floats not at a multiple of 16 bytes");
+    float4 v;
+    memcpy(&v, at_address((address & 0xFFFFFF) | rank << 24), 16);
+    return v;
 }
 
 // ---- asynchronous copies ----
@@ -296,7 +314,33 @@ inline void barrier_wait(u32 at, u32 parity) {
         if (barrier.phase % 2 == parity) yield();
     }
 }
+inline void barrier_arrive(u32 at) {
+    MemoryBarrier& barrier = barrier_at(at);
+    --barrier.pending;
+    barrier_check(barrier);
+}
+struct TensorMap { u64 address; int rows, row_bytes, box_rows; u8 unused[108]; };  // as test_wna16_emulated.py writes it
+inline void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrier) {
+    if (to % 1024) fail("a swizzled tile not at a multiple of 1024 bytes");
+    u8* target = at_address(to);
+    MemoryBarrier* counted = &barrier_at(barrier);
+    TensorMap copied = *map;
+    auto copy = [=] {
+        for (int r = 0; r < copied.box_rows; ++r)
+            for (int i = 0; i < 128; ++i) {
+                bool inside = row + r < copied.rows && byte + i < copied.row_bytes;
+                const u8* from = reinterpret_cast<const u8*>(copied.address);
+                target[r * 128 + (i ^ (r % 8) << 4)] =
+                    inside ? from[static_cast<size_t>(row + r) * copied.row_bytes + byte + i] : 0;
+            }
+        counted->bytes -= copied.box_rows * 128;
+        barrier_check(*counted);
+    };
+    if (eager) copy();
+    else counted->copies.push_back(copy);
+}
 inline u64 evict_first_policy() { return 0; }
+inline u64 evict_last_policy() { return 0; }
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
     if (to % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a bulk copy not in units of 16 bytes");
     u8* target = at_address(to);

@@ -15,7 +15,16 @@ from lowbit.kernels.cuda.compiler import SOURCES
 
 GXX = shutil.which("g++")
 HEADER = Path(__file__).with_name("emulated.hpp")
-_C_TYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+class Map(ctypes.Structure):
+    """128 bytes by value, as emulated.hpp reads them."""
+
+    _fields_ = (("address", ctypes.c_uint64), ("rows", ctypes.c_int), ("row_bytes", ctypes.c_int),
+                ("box_rows", ctypes.c_int), ("unused", ctypes.c_uint8 * 108))  # fmt: skip
+
+
+_C_TYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float, "128s": lambda made: made}
 Defines = tuple[tuple[str, int | str], ...]
 
 
@@ -70,5 +79,6 @@ class EmulatedKernel:
     ) -> None:
         library = build(*self.what, self.architecture, self.folder)
         shape = (grid[0], grid[1], block[0], cluster, shared_bytes, int(self.eager))
-        typed = [_C_TYPES[letter](value) for letter, value in zip(self.parameters, arguments, strict=True)]
+        fields = re.findall(r"\d*[a-zA-Z]", self.parameters)
+        typed = [_C_TYPES[letter](value) for letter, value in zip(fields, arguments, strict=True)]
         library.launch(*map(ctypes.c_int, shape), *typed)

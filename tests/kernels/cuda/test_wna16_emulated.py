@@ -37,6 +37,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
             monkeypatch.setattr(module, "load_kernel", load)
             monkeypatch.setattr(module, "current_stream", lambda device: 0)
             monkeypatch.setattr(module, "gpu_of", lambda device: GPUS[architecture], raising=False)
+        monkeypatch.setattr(wna16_wgmma, "tensor_map", emulator.Map)
         for cached in (wna16_mma.plan_of, wna16_mma.sum_kernel, wna16_wgmma.plan_of, wna16_dequantize.kernel):
             cached.cache_clear()
 
@@ -94,18 +95,30 @@ def test_mma_computes_the_product(
 
 
 WGMMA = (
-    (True, "w4a16-g128", (40, 300, 768), BFLOAT),  # ragged rows and tokens, tiles of 64
-    (False, "w4a16-g32-asym", (17, 256, 384), HALF),
-    (False, "nf4-b64", (9, 264, 1088), BFLOAT),
-    (True, "w8a16-g64-asym", (70, 256, 256), BFLOAT),  # two token tiles
+    # copies eager, most slices of K, scheme, (M, N, K), dtype
+    (True, 8, "w4a16-g128", (40, 300, 768), BFLOAT),  # ragged rows and tokens, tiles of 64; a cluster
+    (False, 1, "w4a16-g32-asym", (17, 56, 1152), HALF),  # three rounds of stages, copies late,
+    (True, 1, "w4a16-g64", (3, 40, 1152), BFLOAT),  # and early
+    (False, 8, "nf4-b64", (9, 264, 1088), BFLOAT),
+    (True, 2, "w8a16-g64-asym", (70, 130, 1024), BFLOAT),  # three stages
+    (True, 8, "w2a16-g16", (130, 72, 208), HALF),  # two token tiles
 )
 
 
-@pytest.mark.parametrize(("eager", "scheme", "shape", "dtype"), WGMMA)
-def test_wgmma_computes_the_product(
-    emulate: Emulate, eager: bool, scheme: str, shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("eager", [True, False])
+def test_two_blocks_of_wgmma_may_share_rows(emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool) -> None:
     emulate(900, eager)
+    monkeypatch.setattr(wna16_wgmma, "tiles_of", lambda form, tokens: (wna16_wgmma.Tile(16, 4, 3, 1, paired=True),))
+    check(wna16_wgmma._linear, "w4a16-g64-asym", (20, 880, 1024), BFLOAT)
+
+
+@pytest.mark.parametrize(("eager", "splits", "scheme", "shape", "dtype"), WGMMA)
+def test_wgmma_computes_the_product(
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, splits: int, scheme: str,
+    shape: tuple[int, int, int], dtype: torch.dtype,
+) -> None:  # fmt: skip
+    emulate(900, eager)
+    monkeypatch.setattr(wna16_wgmma, "_MOST_SPLITS", splits)
     check(wna16_wgmma._linear, scheme, shape, dtype)
 
 

@@ -1,21 +1,18 @@
 """The W8A8 product on Hopper: int8_wgmma.cu for many tokens, int8_wgmma_decode.cu for few, and who takes what.
 
-Both read x and w through tensor maps (CUtensorMap): a matrix's address, shape and the box that one copy brings, encoded
-by the driver on the host. A map is 128 bytes and is passed by value.
+Both read x and w through tensor maps (tensor_map.py).
 """
 
-import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.kernels.cuda.compiler import current_stream, load_kernel
 from lowbit.kernels.cuda.int8_ladder import EPILOGUE, KINDS, epilogue_arguments
+from lowbit.kernels.cuda.tensor_map import tensor_map
 from lowbit.kernels.int8 import Scaling
-from lowbit.optional import require
 
 STEP = 128  # bytes along K in one box
 TILE_M, STAGES, CHUNK_BYTES = 128, 4, 64 * 128  # of int8_wgmma.cu
@@ -157,27 +154,4 @@ def _processors(device: torch.device) -> int:
 
 
 def _map(matrix: Tensor, box_rows: int) -> bytes:
-    return _encoded(matrix.data_ptr(), matrix.shape[0], matrix.shape[1], matrix.itemsize, box_rows)
-
-
-@lru_cache(maxsize=4096)
-def _encoded(address: int, rows: int, columns: int, item_bytes: int, box_rows: int) -> bytes:
-    """The tensor map of a matrix [rows, columns]: boxes of box_rows times 128 bytes, swizzled; zeros outside."""
-    driver: Any = require("cuda.bindings.driver", "cuda")
-    one = driver.cuuint32_t(1)
-    status, encoded = driver.cuTensorMapEncodeTiled(
-        getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_UINT{8 * item_bytes}"),
-        2,
-        address,
-        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(columns * item_bytes)],
-        [driver.cuuint32_t(STEP // item_bytes), driver.cuuint32_t(box_rows)],
-        [one, one],
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if int(status) != 0:
-        raise RuntimeError(f"cuTensorMapEncodeTiled answered {status.name} for [{rows}, {columns}]")
-    return ctypes.string_at(encoded.getPtr(), 128)
+    return tensor_map(matrix.data_ptr(), *matrix.shape, box_rows, matrix.itemsize)

@@ -144,6 +144,15 @@ DEVICE float load_from_rank(u32 address, u32 rank) {
                  : "=f"(value) : "r"(address), "r"(rank) : "memory");
     return value;
 }
+
+DEVICE float4 load_four_from_rank(u32 address, u32 rank) {
+    float4 v;
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+    return v;
+}
 #endif
 
 // ---- asynchronous copies to shared memory ----
@@ -172,6 +181,12 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
 DEVICE u64 evict_first_policy() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+DEVICE u64 evict_last_policy() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 

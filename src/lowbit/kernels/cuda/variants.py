@@ -10,6 +10,7 @@ import torch
 from lowbit.kernels.cuda.wna16_dequantize import dequantize_defines
 from lowbit.kernels.cuda.wna16_layout import NIBBLES, form_defines
 from lowbit.kernels.cuda.wna16_mma import Tile, mma_defines
+from lowbit.kernels.cuda.wna16_wgmma import Tile as WgmmaTile
 from lowbit.kernels.cuda.wna16_wgmma import wgmma_defines
 from lowbit.kernels.layout import FastForm
 
@@ -58,7 +59,12 @@ def _wna16() -> tuple[Variant, ...]:
             Variant(
                 "wna16_wgmma.cu", "wna16_wgmma", wgmma_defines(form, dtype, tile), ampere, hopper, "wgmma is its own"
             )
-            for form, dtype, tile in ((int4, half, 16), (nf4, bfloat, 32), (int8, bfloat, 64))
+            for form, dtype, tile in (
+                (int4, half, WgmmaTile(16, 4, 4, 2)),
+                (nf4, bfloat, WgmmaTile(32, 2, 4, 1)),
+                (int8, bfloat, WgmmaTile(64, 4, 3, 1)),
+                (int4, bfloat, WgmmaTile(128, 4, 3, 1, paired=True)),
+            )
         ),
         Variant("wna16_layout.cu", "wna16_layout", (*form_defines(int4), ("BITS", 3))),
         Variant("wna16_layout.cu", "wna16_layout", (*form_defines(nf4), ("BITS", NIBBLES))),

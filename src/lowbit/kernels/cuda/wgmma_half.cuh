@@ -10,39 +10,70 @@
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// until at most PENDING committed groups are under way
+template <int PENDING>
+DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
 // 128-byte swizzle, K-major: 8 rows of 128 bytes repeat every 1024 bytes
 DEVICE u64 descriptor_of(u32 address) {
     return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3FFFF) >> 4);
 }
 
+struct alignas(64) TensorMap { unsigned char opaque[128]; };  // CUtensorMap (tensor_map.py)
+
+// the box of a map from a byte of the row and a row, swizzled; counted on the barrier
+DEVICE void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(byte), "r"(row), "r"(barrier) : "memory");
+}
+
+// two products, each rounded to nearest even
+DEVICE u32 mul2(u32 a, u32 b) {
+    u32 d;
 #if XTYPE
-#define TYPES "f32.bf16.bf16"
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
 #else
-#define TYPES "f32.f16.f16"
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+    return d;
+}
+
+// a b + c, rounded once
+DEVICE u32 fma2(u32 a, u32 b, u32 c) {
+    u32 d;
+#if XTYPE
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#endif
+    return d;
+}
+
+#if XTYPE
+#define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
+#else
+#define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 "
 #endif
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define A_B "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)
+#define D32(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24)
+#define A_B "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+#define REGISTERS_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 
-// d[64, TOKENS] = (add ? d : 0) + a[64, 16] b[16, TOKENS]
-DEVICE void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u64 b, int add) {
+// d[64, TOKENS] += a[64, 16] b[16, TOKENS]
+DEVICE void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u64 b) {
 #if TOKENS == 16
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16." TYPES " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;\n}"
-                 : D8(0) : A_B);
+    asm volatile(WGMMA(16) "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;" : D8(0) : A_B);
 #elif TOKENS == 32
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16." TYPES
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;\n}"
+    asm volatile(WGMMA(32) "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
                  : D8(0), D8(8) : A_B);
+#elif TOKENS == 64
+    asm volatile(WGMMA(64) "{" REGISTERS_32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;" : D32(0) : A_B);
 #else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16." TYPES
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}"
-                 : D8(0), D8(8), D8(16), D8(24) : A_B);
+    asm volatile(WGMMA(128) "{" REGISTERS_32
+                 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"
+                 "%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+                 : D32(0), D32(32) : A_B);
 #endif
 }
 #endif  // EMULATED

@@ -1,4 +1,9 @@
-"""Launches of wna16_wgmma.cu: 9 to some hundred tokens on sm_90."""
+"""Launches of wna16_wgmma.cu: 9 tokens and more on sm_90.
+
+A block multiplies 64 rows a warpgroup by a tile of tokens, over a slice of K. Slices of one unit of rows are a cluster,
+so the plan asks the driver how many clusters of a size run at once, and takes the slices for which the longest chain of
+blocks on a multiprocessor is shortest.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,24 +13,62 @@ from torch import Tensor
 
 from lowbit.kernels.cuda.compiler import Kernel, current_stream, load_kernel
 from lowbit.kernels.cuda.device import gpu_of, gpu_refusal, on_device_of
+from lowbit.kernels.cuda.tensor_map import tensor_map
 from lowbit.kernels.cuda.wna16_layout import Defines, fast, form_defines
-from lowbit.kernels.cuda.wna16_mma import add_partial_sums
 from lowbit.kernels.layout import FastForm, FastWeight, form_refusal
 from lowbit.tensors import PackedWeight
 
-WARPS, UNIT_ROWS = 16, 256
-_STEP_US, _START_US, _SUM_US = 0.45, 3.0, 3.0  # H200: 128 columns of a unit; a block's start and end; the sum kernel
-_SUM_BYTES_PER_US = 3e6  # partial sums written and read again, mostly in the L2
+_PARAMETERS = "P128sPPPPiiiii"
+_MOST_SPLITS = 8  # blocks in a cluster that every GPU with clusters can run
+_TABLE_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM.
+
+    paired: two blocks share 7 x 64 rows, 448, where whole blocks would leave multiprocessors idle.
+    """
+
+    tokens: int
+    warpgroups: int
+    stages: int
+    blocks: int
+    paired: bool = False
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warpgroups
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a cluster."""
+        return 448 if self.paired else self.rows
+
+    def shared_bytes(self, form: FastForm) -> int:
+        """Shared memory as wna16_wgmma.cu lays it out: x and records, or the sums in their place; barriers, table."""
+        warps = 4 * self.warpgroups
+        work = self.stages * (self.tokens * 256 + warps * form.record_bytes)
+        barriers = 8 * self.stages * (warps + 2)
+        table = _TABLE_BYTES if form.codes == "lut" else 0
+        return _aligned(_aligned(max(work, self.tokens * (self.rows + 4) * 4)) + barriers) + table
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: the kernel, its grid (x: units times slices of K, y: token tiles), its shared memory."""
+    """One launch: the tile, its kernel, grid, threads and shared memory; slices of K (a cluster), tiles of tokens."""
 
+    tile: Tile
     kernel: Kernel
     grid: tuple[int, int, int]
+    block: tuple[int, int, int]
     shared_bytes: int
     splits: int
+    token_tiles: int
+
+
+def _aligned(size: int) -> int:
+    return (size + 127) // 128 * 128
 
 
 def refusal(x: Tensor, weight: PackedWeight) -> str | None:
@@ -41,7 +84,10 @@ def refusal(x: Tensor, weight: PackedWeight) -> str | None:
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x [M, K] times the weight [N, K], transposed, + bias [N]: [M, N] in x's dtype; float32 sums, deterministic."""
+    """x [M, K] times the weight [N, K], transposed, + bias [N]: [M, N] in x's dtype; float32 sums, deterministic.
+
+    Weights are rounded to x's dtype, as a dequantized weight would be.
+    """
     return on_device_of(x, lambda: _linear(x.contiguous(), fast(weight), weight.shape, bias))
 
 
@@ -52,53 +98,71 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
         return y
     bias = None if bias is None else bias.to(x.dtype)
     plan = plan_of(weight.form, shape, tokens, x.dtype, x.device)
-    partial = x.new_empty(plan.splits * tokens * rows, dtype=torch.float32) if plan.splits > 1 else None
     levels = weight.levels[x.dtype].data_ptr() if weight.levels is not None else 0
-    tensors = (weight.records.data_ptr(), x.data_ptr(), levels, weight.factor.data_ptr())
-    results = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 0 if partial is None else partial.data_ptr())
-    arguments = (*tensors, *results, tokens, rows, columns, plan.splits)
-    plan.kernel.launch(plan.grid, (32 * WARPS, 1, 1), arguments, plan.shared_bytes, current_stream(x.device), True)
-    if partial is not None:
-        add_partial_sums(partial, weight, bias, y, plan.splits)
+    x_map = tensor_map(x.data_ptr(), tokens, 2 * columns, plan.tile.tokens)
+    tensors = (weight.records.data_ptr(), x_map, levels, weight.factor.data_ptr())
+    results = (0 if bias is None else bias.data_ptr(), y.data_ptr())
+    arguments = (*tensors, *results, tokens, rows, columns, plan.splits, plan.token_tiles)
+    overlaps, stream = gpu_of(x.device).overlaps_launches, current_stream(x.device)
+    plan.kernel.launch(plan.grid, plan.block, arguments, plan.shared_bytes, stream, overlaps, plan.splits)
     return y
 
 
 @cache
 def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """The launch for a weight [N, K] of this form and `tokens` rows of x."""
-    gpu, tile = gpu_of(device), tile_tokens(tokens)
-    units, token_tiles, records = -(-shape[0] // UNIT_ROWS), -(-tokens // tile), -(-shape[1] // 128)
-
-    def cost_us(splits: int) -> float:
-        waves = -(-units * token_tiles * splits // gpu.processors)
-        added = _SUM_US + splits * tokens * shape[0] * 8 / _SUM_BYTES_PER_US if splits > 1 else 0
-        return waves * (-(-records // splits) * _STEP_US + _START_US) + added
-
-    splits = min(range(1, min(records, 16) + 1), key=cost_us)
-    defines, shared = wgmma_defines(form, dtype, tile), shared_bytes(form, tile)
-    kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", "PPPPPPPiiii", device, defines, shared)
-    return Plan(kernel, (units * splits, token_tiles, 1), shared, splits)
+    plans = [
+        plan_for(tile, form, shape, tokens, dtype, device, splits)
+        for tile in tiles_of(form, tokens)
+        for splits in ([2] if tile.paired else range(1, min(_MOST_SPLITS, -(-shape[1] // 128)) + 1))
+    ]
+    return min(plans, key=lambda plan: _cost_us(plan, -(-shape[1] // 128), gpu_of(device).processors))
 
 
-def tile_tokens(tokens: int) -> int:
-    """Tokens of a block's tile."""
-    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+def plan_for(
+    tile: Tile, form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device,
+    splits: int,
+) -> Plan:  # fmt: skip
+    """The launch with a given tile and number of slices."""
+    shared = tile.shared_bytes(form)
+    defines = wgmma_defines(form, dtype, tile)
+    kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, defines, shared)
+    token_tiles = -(-tokens // tile.tokens)
+    grid = (-(-shape[0] // tile.unit_rows) * token_tiles * splits, 1, 1)
+    return Plan(tile, kernel, grid, (128 * tile.warpgroups, 1, 1), shared, splits, token_tiles)
 
 
-def stages_of(form: FastForm) -> tuple[int, int]:
-    """(records, tiles of x) in flight: records of 8-bit codes are twice as large."""
-    return (3 if form.codes == "int8" else 4), 4
+def _cost_us(plan: Plan, records: int, processors: int) -> float:
+    """What a plan should take: rounds of clusters, each a start, a slice of K and the sums (microseconds of an H200)."""
+    tile, at_once = plan.tile, processors * plan.tile.blocks
+    if plan.splits > 1:
+        at_once = plan.kernel.clusters_at_once(plan.block, plan.shared_bytes, plan.splits)
+    rounds = -(-plan.grid[0] // plan.splits // max(at_once, 1))
+    step, slices = _STEP_US[tile.tokens, tile.warpgroups] * (3.5 / 4 if tile.paired else 1), plan.splits
+    if tile.paired:
+        slices = 1
+    added = 0.017 * tile.tokens * tile.rows / 256 * (slices - 1)
+    return rounds * (-(-records // slices) * step + 3.5 + added)
 
 
-def shared_bytes(form: FastForm, tile: int) -> int:
-    """Shared memory as wna16_wgmma.cu lays it out: x, records, barriers, table; and y in the place of x at the end."""
-    records, x_tiles = stages_of(form)
-    ring = WARPS * records * (form.record_bytes + 8)
-    return max(x_tiles * tile * 256, tile * (UNIT_ROWS + 8) * 2) + ring + 2048
+# A step of 128 columns of a multiprocessor's blocks, by tokens and warpgroups: bench/results/wna16_tiles_h200.json
+_STEP_US = {
+    (16, 4): 0.69, (32, 4): 0.77, (64, 4): 0.97, (128, 4): 1.35,
+    (16, 2): 0.92, (32, 2): 1.03, (64, 2): 0.97, (128, 2): 0.76,
+}  # fmt: skip
 
 
-def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: int) -> Defines:
+def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
+    """Tiles worth trying for `tokens` rows of x. Records of 8-bit codes are twice as large: fewer are in flight."""
+    wanted = next((size for size in (16, 32, 64) if tokens <= size), 128)
+    stages = 3 if wanted == 128 or form.codes == "int8" else 4
+    half = Tile(wanted, 2, stages, 1 if wanted == 128 or form.codes == "lut" else 2)
+    whole = Tile(wanted, 4, stages, 1)
+    return whole, half, Tile(wanted, 4, stages, 1, paired=True)
+
+
+def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
     """The defines that compile wna16_wgmma.cu."""
-    records, x_tiles = stages_of(form)
-    stages = (("TOKENS", tile), ("WEIGHT_STAGES", records), ("X_STAGES", x_tiles))
-    return (*form_defines(form), ("XTYPE", int(dtype == torch.bfloat16)), *stages)
+    shape = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups), ("STAGES", tile.stages), ("BLOCKS", tile.blocks))
+    shape = (*shape, ("PAIRED", int(tile.paired)))
+    return (*form_defines(form), ("XTYPE", int(dtype == torch.bfloat16)), *shape)
