@@ -11,6 +11,7 @@ weights again, to the nearest codes of the target's fallback scheme, and says wh
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,30 +154,43 @@ class _Job:
             raise InputError(f"experts in 3-D can only be written as {FLOAT}; no other format here has a form for them")
         weight_map: dict[str, str] = {}
         total = 0
-        for shard in self.source.shards:
-            file, modules = TensorFile.open(self.source.folder / shard), []
-            with TensorWriter(folder / shard, header_bound(list(file.entries))) as writer:
-                for name in sorted(file.entries, key=lambda name: file.entries[name].start):
-                    owner = owners.get(name)
-                    if name in self.options.drop:
-                        continue
-                    if owner is None:
-                        writer.copy(name, file)
-                    elif name == self.reader.names(owner)[0]:
-                        for key, tensor in self._module(owner).items():
-                            writer.add(key, tensor)
-                        modules.append(owner)
-                        self._step("converting", len(self.reader.modules) + len(self.reader.experts))
-            if self.options.verify:  # while the shard is still in the page cache
-                self._verify(folder / shard, modules)
-            weight_map |= dict.fromkeys(TensorFile.open(folder / shard).entries, shard)
-            total += (folder / shard).stat().st_size
+        with ThreadPoolExecutor(1, "checker") as checker:  # checks a shard, still in the page cache, beside the next
+            checks: list[Future[int]] = []
+            for shard in self.source.shards:
+                modules = self._shard(shard, folder / shard, owners)
+                weight_map |= dict.fromkeys(TensorFile.open(folder / shard).entries, shard)
+                total += (folder / shard).stat().st_size
+                self._collect(checks[-1:])
+                if self.options.verify:
+                    checks.append(checker.submit(self._verify, folder / shard, modules))
+            self._collect(checks[-1:])
         if (self.source.folder / INDEX).is_file():
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         copy_files(self.source, folder)
         self._write_config(folder, owners)
         self.result.warnings = list(self.reader.warnings)
+
+    def _shard(self, shard: str, out: Path, owners: dict[str, str]) -> list[str]:
+        """Write one shard; the modules whose codes it holds."""
+        file, modules = TensorFile.open(self.source.folder / shard), []
+        with TensorWriter(out, header_bound(list(file.entries))) as writer:
+            for name in sorted(file.entries, key=lambda name: file.entries[name].start):
+                owner = owners.get(name)
+                if name in self.options.drop:
+                    continue
+                if owner is None:
+                    writer.copy(name, file)
+                elif name == self.reader.names(owner)[0]:
+                    for key, tensor in self._module(owner).items():
+                        writer.add(key, tensor)
+                    modules.append(owner)
+                    self._step("converting", len(self.reader.modules) + len(self.reader.experts))
+        return modules
+
+    def _collect(self, checks: Sequence["Future[int]"]) -> None:
+        """Wait for checks and count what they found equal; raises what they raised."""
+        self.result.verified += sum(check.result() for check in checks)
 
     def _step(self, stage: str, total: int) -> None:
         self.done += 1
@@ -236,16 +250,18 @@ class _Job:
         }
         return sorted(names | ({"lm_head"} - set(self.result.schemes)))
 
-    def _verify(self, shard: Path, modules: Sequence[str]) -> None:
-        """Decode these modules anew from old and new files and compare. Raises CheckpointError at a difference."""
-        before, written = self.source.quantization or {}, Files.open([shard])
+    def _verify(self, shard: Path, modules: Sequence[str]) -> int:
+        """How many of these modules decode equal from old and new files. Raises CheckpointError at a difference."""
+        before, written, count = self.source.quantization or {}, Files.open([shard]), 0
         for module in modules:
             if module in self.result.requantized or module in self.reader.experts:
                 continue
             old = decode(self.files.get, before, module)
             if self.name == FLOAT:
-                rounded = torch.from_numpy(old.weight()).to(self.dtype)
-                equal = torch.equal(rounded, written.get(f"{module}.weight"))
+                w = written.get(f"{module}.weight")
+                equal = tuple(w.shape) == old.shape
+                for rows in old.chunks():
+                    equal = equal and torch.equal(torch.from_numpy(old.weight(rows)).to(self.dtype), w[rows])
             else:
                 scheme = {module: self.result.schemes[module]}
                 equal = same(old, decode(written.get, TARGETS[self.name].config(scheme, [], self.dtype), module))
@@ -254,7 +270,8 @@ class _Job:
                     f"{module} does not decode to the same numbers from {self.name} as from the source; nothing was "
                     "written. Please report this with the checkpoint's config.json"
                 )
-            self.result.verified += 1
+            count += 1
+        return count
 
     def verify_config(self, folder: Path) -> None:
         """The new config must name the modules and schemes that were written. Raises CheckpointError."""
