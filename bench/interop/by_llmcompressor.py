@@ -1,6 +1,6 @@
 """llmcompressor's own checkpoints of tiny models of four architectures in lowbit, beside transformers' reader of them.
 
-    pip install --no-deps llmcompressor ; PYTHONPATH=src:tests python bench/interop/llmcompressor.py OUT
+    pip install --no-deps llmcompressor ; PYTHONPATH=src:tests python bench/interop/by_llmcompressor.py OUT
 
 Writes OUT/llmcompressor.json: per architecture and preset the largest difference of logits, relative to the largest
 logit, between lowbit's packed model and what transformers and compressed-tensors make of the same files.
