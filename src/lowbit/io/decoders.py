@@ -159,7 +159,7 @@ def _awq_gemv(get: Get, config: Mapping[str, Any], module: str) -> Decoded:
 def _awq_columns(words: Array) -> Array:
     """uint8 codes [R, N] of int32 words [R, N/8]: the low half of a word has even columns, the high half odd ones."""
     halves = np.ascontiguousarray(words).view(np.uint16).reshape(len(words), -1, 2)
-    spread = halves.astype(np.uint64)  # four nibbles -> every other byte of eight
+    spread: Array = halves.astype(np.uint64)  # four nibbles -> every other byte of eight
     spread = (spread | (spread << 24)) & 0x000000FF000000FF
     spread = (spread | (spread << 12)) & 0x000F000F000F000F
     return (spread[..., 0] | (spread[..., 1] << 8)).view(np.uint8).reshape(len(words), -1)

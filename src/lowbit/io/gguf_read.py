@@ -131,11 +131,16 @@ def _offset(grid: Grid, bits: int) -> int:
     return grid.zero if grid.minimum is None else 2 ** (bits - 1)
 
 
+def gguf_settings(file: GgufFile) -> dict[str, Any]:
+    """The transformers config of a file. Raises CheckpointError as gguf_names.config_of does."""
+    factors = torch.from_numpy(file.floats(FACTORS).copy()).reshape(-1) if FACTORS in file.tensors else None
+    return config_of(file.metadata, "output.weight" in file.tensors, factors)
+
+
 def empty_gguf_model(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, GgufFiles, GgufReader]:
     """The model without weights, and what fills it. Raises CheckpointError for a damaged file or another family."""
     file = GgufFile.open(path)
-    factors = torch.from_numpy(file.floats(FACTORS).copy()).reshape(-1) if FACTORS in file.tensors else None
-    settings = config_of(file.metadata, "output.weight" in file.tensors, factors)
+    settings = gguf_settings(file)
     config = AutoConfig.for_model(**settings)
     model = empty_model(config, str(path), dtype or torch.float32, len(file.tensors), path.stat().st_size)
     files = GgufFiles(file, settings)

@@ -13,6 +13,7 @@ from lowbit.io.stored import Stored
 from lowbit.numerics.scheme import QuantScheme
 
 TOOL = "lowbit:0.1.0"
+FLOAT = "float"  # a plain checkpoint, which needs no Target
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lowbit
+from lowbit.doctor import examine, fix
 from lowbit.errors import CheckpointError, InputError
 from lowbit.io.convert import Options, convert
 from lowbit.io.gguf_blocks import BLOCKS, BY_NAME
@@ -333,6 +334,27 @@ def test_another_family_is_dequantized_with_a_word(tmp_path: Path, caplog: pytes
     with pytest.raises(CheckpointError, match="can't be read as a GGUF model"):  # transformers' reader has its turn
         lowbit.load(path)
     assert "weights of the architecture rwkv are dequantized; packed are those of llama, qwen2, qwen3" in caplog.text
+
+
+def test_the_doctor_reads_gguf_and_convert_says_that_it_does_not(tmp_path: Path) -> None:
+    start = checkpoint(tmp_path / "start", "llama", "w4a16-g32")
+    path = tmp_path / "m.gguf"
+    convert(start, path, "gguf")
+    diagnosis = examine(path)
+    assert (diagnosis.method, diagnosis.findings) == ("gguf, llama", [])
+    assert diagnosis.verdicts["llama.cpp"] == "reads it"
+    with pytest.raises(InputError, match="to GGUF but not from it"):
+        convert(path, tmp_path / "out", "awq")
+    with pytest.raises(InputError, match="lowbit repairs compressed-tensors, gptq, awq, not gguf, llama"):
+        fix(path, tmp_path / "out")
+    file = GgufFile.open(path)
+    kept = [tensor for name, tensor in file.tensors.items() if name != "blk.1.ffn_up.weight"]
+    metadata = {key: value for key, value in file.metadata.items() if key != "tokenizer.ggml.tokens"}
+    metadata |= {"llama.vocab_size": 128}
+    rows = [file.read(tensor.name) for tensor in kept]
+    write_gguf(path, metadata, [(tensor.name, tensor.shape, tensor.block) for tensor in kept], iter(rows))
+    words = [finding.words for finding in examine(path).findings]
+    assert words == ["1 tensors are missing: blk.1.ffn_up.weight", "there is no tokenizer in it"]
 
 
 @pytest.mark.parametrize("damage", ["magic", "version", "short", "tensors", "offset", "type"])
