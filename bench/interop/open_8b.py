@@ -2,9 +2,10 @@
 
     PYTHONPATH=src python bench/interop/open_8b.py WORK OUT
 
-Makes WORK/source (make_8b.py), then times `cp`, `lowbit convert` to
-compressed-tensors with and without the second decoding, to AWQ, and `lowbit inspect`, each in a process of its own with
-the page cache emptied first where that is allowed. MB/s counts the source's bytes once. Writes OUT/open_8b.json.
+Makes WORK/source (make_8b.py), then times `cp`, `lowbit convert` to compressed-tensors with and without the second
+decoding, to AWQ, `lowbit inspect`, and `cp` again between them, each in a process of its own with the page cache
+emptied first where that is allowed. MB/s counts the source's bytes once, up to the end of a sync; load is what the
+machine had to do beside. Writes OUT/open_8b.json.
 This process imports nothing big: a child's peak memory counts its parent's at the fork.
 """
 
@@ -51,17 +52,19 @@ def main(work: Path, out: Path) -> None:
     size = sum(path.stat().st_size for path in source.iterdir())
     lowbit = [sys.executable, "-W", "ignore", "-m", "lowbit"]
     convert = [*lowbit, "convert", str(source), "-o", str(target), "--format"]
+    copy = ["cp", "-r", str(source), str(target)]
     commands = {
-        "cp": ["cp", "-r", str(source), str(target)],
+        "cp": copy,
+        "convert to compressed-tensors": [*convert, "compressed-tensors"],
+        "cp again": copy,
+        "convert to awq": [*convert, "awq"],
         "inspect": [*lowbit, "inspect", str(source)],
         "convert to compressed-tensors, not verified": [*convert, "compressed-tensors", "--no-verify"],
-        "convert to compressed-tensors": [*convert, "compressed-tensors"],
-        "convert to awq, not verified": [*convert, "awq", "--no-verify"],
-        "cp again": ["cp", "-r", str(source), str(target)],
+        "cp at last": copy,
     }
     rows: dict[str, Any] = {"bytes": size, "cores": os.cpu_count(), "rows": {}}
     for name, command in commands.items():
-        rows["rows"][name] = timed(command, size)
+        rows["rows"][name] = timed(command, size) | {"load": os.getloadavg()[0]}
         print(name, rows["rows"][name], flush=True)
         (out / "open_8b.json").write_text(json.dumps(rows, indent=1) + "\n")
         shutil.rmtree(target, ignore_errors=True)

@@ -8,16 +8,17 @@ belong to no layer left out, the tokenizer without the truncation and padding th
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from lowbit.diagnosis import CONSUMERS, READERS, SERVERS, Diagnosis, Finding, some
+from lowbit.doctor_gguf import examine_gguf
 from lowbit.errors import CheckpointError, InputError
 from lowbit.io.convert import Conversion, Options, convert
+from lowbit.io.empty import empty_model
 from lowbit.io.gguf_names import ARCHITECTURES
 from lowbit.io.names import disk_layout
 from lowbit.io.reading import reader_of
@@ -25,40 +26,17 @@ from lowbit.io.source import Source, model_config, open_source, read_json
 from lowbit.io.stored import Reader, Stored
 from lowbit.io.tensorfile import Files
 
-CONSUMERS = ("transformers", "vLLM", "SGLang", "llama.cpp")
-_SERVERS = ("vLLM", "SGLang")
-_ALL = ("transformers", *_SERVERS)
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _SAME_FORMAT = {"compressed-tensors": "compressed-tensors", "gptq": "gptq", "awq": "awq"}
-_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong or worth knowing. hurts: the consumers that fail or go wrong; fixable: by `fix`."""
-
-    words: str
-    hurts: tuple[str, ...] = ()
-    fixable: bool = False
-
-
-@dataclass
-class Diagnosis:
-    """All findings about a checkpoint, and what each consumer makes of it."""
-
-    name: str
-    method: str
-    findings: list[Finding] = field(default_factory=list)
-    verdicts: dict[str, str] = field(default_factory=dict)
-    surplus: list[str] = field(default_factory=list)
-
-    @property
-    def healthy(self) -> bool:
-        return not any(finding.hurts for finding in self.findings)
 
 
 def examine(path: str | Path) -> Diagnosis:
-    """What is wrong with the checkpoint folder. Raises InputError where there is none, or its files are damaged."""
+    """What is wrong with the checkpoint folder or .gguf file.
+
+    Raises InputError where there is none, or its files are damaged.
+    """
+    if Path(path).suffix == ".gguf":
+        return examine_gguf(Path(path))
     with open_source(path) as source:
         files = Files.open(source.folder / shard for shard in source.shards)
         config = source.quantization or {}
@@ -97,14 +75,9 @@ def _light(stored: Stored) -> Any:
     return type(weight)(weight.scheme, weight.shape, torch.empty(0), weight.scale, None, weight.global_scale)
 
 
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:_SHOWN]) + (f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else "")
-
-
 def _conventions(reader: Reader, config: dict[str, Any]) -> list[Finding]:
     """What the values say against the config: zero-points, layouts."""
-    return [Finding(words, _ALL, config.get("quant_method") in _SAME_FORMAT) for words in reader.warnings]
+    return [Finding(words, READERS, config.get("quant_method") in _SAME_FORMAT) for words in reader.warnings]
 
 
 def _fused(stored: dict[str, Stored]) -> list[Finding]:
@@ -117,12 +90,12 @@ def _fused(stored: dict[str, Stored]) -> list[Finding]:
             schemes = {str(weight.scheme) for weight in parts.values()}
             if len(schemes) > 1:
                 findings.append(
-                    Finding(f"{parent}: {', '.join(parts)} are one layer there, but {_some(schemes)}", _SERVERS)
+                    Finding(f"{parent}: {', '.join(parts)} are one layer there, but {some(schemes)}", SERVERS)
                 )
             scales = {part.global_scale.item() for part in parts.values() if part.global_scale is not None}
             if len(scales) > 1:
                 findings.append(
-                    Finding(f"{parent}: {', '.join(parts)} have other global scales, of which one is taken", _SERVERS)
+                    Finding(f"{parent}: {', '.join(parts)} have other global scales, of which one is taken", SERVERS)
                 )
     return findings
 
@@ -142,7 +115,7 @@ def _versions(config: dict[str, Any], reader: Reader, stored: dict[str, Stored])
         )
     arguments = [group.get("weights") or {} for group in config.get("config_groups", {}).values()]
     if any(item.get("actorder") in ("group", "dynamic", True) for item in arguments):
-        findings.append(Finding("act-order by group: compressed-tensors 0.20 refuses the config", _ALL))
+        findings.append(Finding("act-order by group: compressed-tensors 0.20 refuses the config", READERS))
     return findings
 
 
@@ -161,8 +134,8 @@ def _keys(source: Source, files: Files, reader: Reader | None, result: Diagnosis
     """Tensors that the model wants and the files lack, and the other way round."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config(source))
-    except (CheckpointError, ValueError) as error:
+            model = empty_model(model_config(source), source.name, torch.bfloat16, len(files.places), source.bytes)
+    except CheckpointError as error:
         result.findings.append(Finding(f"transformers builds no causal language model of this config: {error}"))
         return
     wanted = set(disk_layout(model))
@@ -171,23 +144,23 @@ def _keys(source: Source, files: Files, reader: Reader | None, result: Diagnosis
     present = set(files.places) | {f"{module}.weight" for module in modules} | experts
     tied = {"lm_head.weight"} if source.config.get("tie_word_embeddings") else set()
     if missing := sorted(wanted - present - tied):
-        result.findings.append(Finding(f"{len(missing)} tensors are missing: {_some(missing)}", CONSUMERS[:3]))
+        result.findings.append(Finding(f"{len(missing)} tensors are missing: {some(missing)}", CONSUMERS[:3]))
     known = {name for module in [*modules, *experts] for name in reader.names(module)} if reader else set()
     buffers = {name for name, _ in model.named_buffers()}
     surplus = sorted(set(files.places) - known - wanted - buffers)
     heads = [name for name in surplus if "mtp" in name or "nextn" in name or _beyond(name, source)]
     others = [name for name in surplus if name not in heads]
     if heads:
-        result.findings.append(Finding(f"{len(heads)} tensors of extra prediction heads or layers: {_some(heads)}"))
+        result.findings.append(Finding(f"{len(heads)} tensors of extra prediction heads or layers: {some(heads)}"))
     whole = [
         name for name in others if files.entry(name).dtype.itemsize < 2 or not files.entry(name).dtype.is_floating_point
     ]
     if whole:
-        words = f"{len(whole)} integer or fp8 tensors belong to no quantized layer: {_some(whole)}"
-        result.findings.append(Finding(words, _SERVERS, True))
+        words = f"{len(whole)} integer or fp8 tensors belong to no quantized layer: {some(whole)}"
+        result.findings.append(Finding(words, SERVERS, True))
         result.surplus = whole
     if rest := [name for name in others if name not in whole]:
-        result.findings.append(Finding(f"{len(rest)} tensors have no place in the model: {_some(rest)}"))
+        result.findings.append(Finding(f"{len(rest)} tensors have no place in the model: {some(rest)}"))
 
 
 def _beyond(name: str, source: Source) -> bool:
@@ -203,11 +176,11 @@ def _left_out(source: Source, files: Files, reader: Reader | None, result: Diagn
         words = (
             f"the config promises {heads} multi-token-prediction layers, and the files have none: speculation is lost"
         )
-        result.findings.append(Finding(words, _SERVERS))
+        result.findings.append(Finding(words, SERVERS))
     floats = [name for name in files.places if ".experts." in name and name.endswith(".weight")
               and files.entry(name).dtype.itemsize >= 2 and len(files.entry(name).shape) > 1]  # fmt: skip
     if reader is not None and floats:
-        result.findings.append(Finding(f"{len(floats)} expert matrices are still in 16 bits: {_some(floats)}"))
+        result.findings.append(Finding(f"{len(floats)} expert matrices are still in 16 bits: {some(floats)}"))
 
 
 def _tokenizer(folder: Path) -> list[Finding]:
@@ -220,7 +193,9 @@ def _tokenizer(folder: Path) -> list[Finding]:
         return []
     return [
         Finding(
-            f"tokenizer.json has {' and '.join(left)} saved in it, from a calibration: long texts are cut", _ALL, True
+            f"tokenizer.json has {' and '.join(left)} saved in it, from a calibration: long texts are cut",
+            READERS,
+            True,
         )
     ]
 
@@ -234,9 +209,7 @@ def _generation(source: Source) -> list[Finding]:
     missing = set(_ids(own)) - set(_ids(ends))
     if missing and ends is not None:
         return [
-            Finding(
-                f"generation_config.json does not end at token {_some(map(str, sorted(missing)))}, config.json does"
-            )
+            Finding(f"generation_config.json does not end at token {some(map(str, sorted(missing)))}, config.json does")
         ]
     return []
 
@@ -255,7 +228,7 @@ def _judge(source: Source, result: Diagnosis) -> None:
     if needs and result.verdicts["transformers"] == "reads it":
         result.verdicts["transformers"] = f"reads it with {needs}"
     if result.method == "lowbit":
-        for server in _SERVERS:
+        for server in SERVERS:
             result.verdicts[server] = "does not know the method; lowbit convert --format compressed-tensors"
     family = source.config.get("model_type") in ARCHITECTURES
     way = "lowbit convert --format gguf" if result.method != "not quantized" else "lowbit convert --format gguf-q4_k"
@@ -268,6 +241,8 @@ def fix(path: str | Path, out: str | Path, overwrite: bool = False) -> Conversio
     Raises InputError for a method whose modules lowbit does not write.
     """
     diagnosis = examine(path)
+    if Path(path).suffix == ".gguf":
+        raise InputError(f"lowbit repairs {', '.join(_SAME_FORMAT)}, not {diagnosis.method}")
     with open_source(path) as source:
         config = source.quantization or {}
         target = _SAME_FORMAT.get(str(config.get("quant_method")))

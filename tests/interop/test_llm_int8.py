@@ -4,12 +4,23 @@ It works in float16, we in the input's dtype; the bound on the difference is flo
 columns in 16 bits and of the output.
 """
 
+import json
+from pathlib import Path
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from architectures import tiny
 from bitsandbytes.nn import Int8Params, Linear8bitLt
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import lowbit
+from lowbit.errors import InputError, SchemeError
+from lowbit.io.convert import Options, convert
+from lowbit.io.llm_int8 import refusal, tensors_8bit
+from lowbit.model.recipe import Recipe
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
@@ -67,3 +78,68 @@ def test_gradients_reach_the_input() -> None:
     with torch.enable_grad():
         ours(x).sum().backward()
     torch.testing.assert_close(x.grad, ours.packed.dequantize().sum(0).expand(M, K))
+
+
+TOKENS = torch.arange(24).view(2, 12) * 7 % 100 + 1
+
+
+def written_by_them(folder: Path, model_type: str) -> Path:
+    tiny(model_type).save_pretrained(folder / "float")
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=2.0)
+    model = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config, dtype=torch.float16)
+    model.save_pretrained(folder / "theirs")
+    return folder / "theirs"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "phi3"])
+def test_what_we_write_is_what_bitsandbytes_wrote(model_type: str, tmp_path: Path) -> None:
+    """Codes and layouts byte for byte; SCB so that its 127th part is the same number."""
+    theirs = written_by_them(tmp_path, model_type)
+    result = convert(theirs, tmp_path / "ours", "bitsandbytes")
+    assert result.verified == len(result.schemes) > 0
+    first, last = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "ours"))
+    assert first.keys() == last.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == last[name].dtype, name
+        assert tensor.shape == last[name].shape, name
+        scale = 127 if name.endswith("SCB") else 1
+        assert torch.equal(tensor / scale, last[name] / scale), name
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (theirs, tmp_path / "ours")]
+    kept = ("load_in_8bit", "load_in_4bit", "llm_int8_threshold", "quant_method")
+    before, after = ({key: config["quantization_config"][key] for key in kept} for config in configs)
+    assert before == after
+
+
+@torch.no_grad()
+def test_stock_transformers_runs_what_we_rounded_to_llm_int8(tmp_path: Path) -> None:
+    """Layer by layer on the same inputs: within float16's rounding, as above."""
+    theirs = written_by_them(tmp_path, "llama")
+    convert(theirs, tmp_path / "gptq", "gptq-v2", Options("requantize", QuantScheme.parse("w8a16-g32")))
+    options = Options("requantize", QuantScheme.parse("int8-t6"))
+    result = convert(tmp_path / "gptq", tmp_path / "ours", "bitsandbytes", options)
+    assert len(result.requantized) == 21
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    ours = lowbit.load(tmp_path / "ours", torch.float32)
+    assert sum(isinstance(module, Linear8bitLt) for module in stock.modules()) == 21
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    for name, module in stock.named_modules():
+        if isinstance(module, Linear8bitLt) and module.in_features == 64:
+            y = module(x)
+            assert (ours.get_submodule(name)(x) - y).abs().max() < 2.5e-5 * y.abs().max(), name
+
+
+def test_a_scale_that_is_no_127th_part_is_refused() -> None:
+    scale = torch.nextafter(torch.ones(4096), torch.tensor(2.0)).cumsum(0).view(-1, 1) * 1e-3
+    packed = PackedWeight(QuantScheme.parse("int8-t6"), (4096, 8), torch.zeros(4096, 8, dtype=torch.int8), scale)
+    assert refusal(packed) == "one of its float32 scales is no 127th part of a float32 number"
+    with pytest.raises(InputError, match="no 127th part"):
+        tensors_8bit("m", packed)
+    half = PackedWeight(packed.scheme, packed.shape, packed.codes, scale.half())
+    assert torch.equal(tensors_8bit("m", half)["m.SCB"] / 127, scale.half().float().view(-1))
+    assert "not w8a8" in str(refusal(PackedWeight(QuantScheme.parse("w8a8"), half.shape, half.codes, half.scale)))
+
+
+def test_other_schemes_can_t_stand_beside_it() -> None:
+    rule = lowbit.Rule("*down_proj", QuantScheme.parse("w8a8"))
+    with pytest.raises(SchemeError, match="under one threshold"):
+        Recipe(QuantScheme.parse("int8-t6"), "rtn", (rule,))

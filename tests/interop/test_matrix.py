@@ -16,6 +16,7 @@ TESTS = {
     **{"convert": "tests/io/formats/test_convert.py", "gguf": "tests/io/formats/test_gguf.py"},
     **{"hf": "tests/io/formats/test_hf.py", "stock": "tests/interop/test_stock_transformers.py"},
     **{"int8": "tests/interop/test_llm_int8.py", "llama": "bench/results/llama_cpp.json"},
+    **{"gptqmodel": "bench/results/gptqmodel.json", "llmcompressor": "bench/results/llmcompressor.json"},
 }
 
 
@@ -67,7 +68,7 @@ ROWS = (
         ("gptqmodel 7.7: weights, logits of four architectures", "packed::test_their_layers_are_read_to_the_last_bit"),
         ("gptqmodel's bytes", "packed::test_what_we_write_is_what_they_wrote"),
         (f"{_INTEGERS}", _GO),
-        ("gptqmodel: the same bytes as its own", "packed::test_what_we_write_is_what_they_wrote"),
+        ("gptqmodel 7.6: its layers' weights, logits of four architectures", "gptqmodel"),
     ),
     Row(
         "AWQ GEMM",
@@ -96,16 +97,16 @@ ROWS = (
     Row(
         "bitsandbytes LLM.int8()",
         ("bitsandbytes 0.50, layer by layer", "foreign::test_llm_int8_models_that_bitsandbytes_wrote_give_its_logits"),
-        "becomes float, or another format by rounding again",
+        ("bitsandbytes' bytes", "int8::test_what_we_write_is_what_bitsandbytes_wrote"),
         "no other format here has outlier columns",
-        "not written",
+        ("transformers, layer by layer", "int8::test_stock_transformers_runs_what_we_rounded_to_llm_int8"),
     ),
     Row(
-        "DeepSeek fp8 blocks",
+        "DeepSeek fp8 blocks, fp8 per tensor",
         ("compressed-tensors' decoder", "foreign::test_deepseek_blocks_are_the_product_with_their_scales"),
-        "written as compressed-tensors tiles",
-        "written as compressed-tensors tiles",
-        "not written",
+        ("back from compressed-tensors, bits", "convert::test_deepseek_blocks_become_compressed_tensors"),
+        ("compressed-tensors tiles", "convert::test_deepseek_blocks_become_compressed_tensors"),
+        ("transformers, dequantized", "convert::test_transformers_dequantizes_the_fp8_that_we_wrote"),
     ),
     Row(
         "gpt-oss mxfp4",

@@ -26,6 +26,7 @@ ROUND_TRIPS = {
     "biases and static inputs": ("qwen2", "rtn:w8a8-static-asym", []),
     "one matrix for q, k and v": ("gpt_neox", "rtn:w8a8-dynamic-asym", []),
     "fp8": ("falcon", "rtn:fp8", []),
+    "LLM.int8()": ("mistral", "rtn:int8-t6", []),
     "nf4": ("olmo2", "rtn:nf4-b64-dq", []),
     "fp4 and biases": ("starcoder2", "rtn:fp4-b32", []),
     "a rule and a head": ("qwen3", "rtn:w4a16-g16", ["*.down_proj=w8a16", "*.o_proj=w8a8", "lm_head=w8a16"]),
@@ -197,3 +198,21 @@ def test_an_unknown_architecture_is_refused(damaged: Path) -> None:
     rewrite_config(damaged, model_type="no_such_model")
     with pytest.raises(CheckpointError, match="transformers does not know this model"):
         lowbit.load(damaged)
+
+
+@torch.no_grad()
+def test_a_matrix_that_is_several_modules_on_disk_is_put_together(tmp_path: Path) -> None:
+    """gptqmodel cuts Phi-3's gate_up_proj in two before it quantizes."""
+    written = write_quantized(tmp_path, "phi3", "rtn:w4a16-g16")
+    changes: dict[str, Tensor | None] = {}
+    for name, whole in stored_tensors(written.out).items():
+        if ".gate_up_proj." not in name:
+            continue
+        changes[name] = None
+        halves = (whole // torch.tensor([2, 1])).expand(2, 2) if name.endswith("weight_shape") else whole.chunk(2)
+        for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+            changes[name.replace("gate_up_proj", part)] = half.contiguous().clone()
+    assert len(changes) == 3 * 3 * 3  # blocks, tensors, the old name and two new ones
+    rewrite(written.out, changes)
+    loaded = lowbit.load(written.out, dtype=torch.float32)
+    assert torch.equal(loaded(TOKENS).logits, written.model(TOKENS).logits)

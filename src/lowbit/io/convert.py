@@ -11,6 +11,7 @@ weights again, to the nearest codes of the target's fallback scheme, and says wh
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,18 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError, InputError
 from lowbit.io.checkpoint import copy_files
-from lowbit.io.decoders import decode, same
 from lowbit.io.folder import atomic_folder, check_destination
 from lowbit.io.gguf_blocks import BY_NAME
 from lowbit.io.gguf_write import GgufWriter
 from lowbit.io.reading import reader_of
 from lowbit.io.source import INDEX, Source, open_source
 from lowbit.io.stored import Reader, Stored
-from lowbit.io.targets import TARGETS, TOOL, Target
+from lowbit.io.targets import FLOAT, TARGETS, TOOL, Target
 from lowbit.io.tensorfile import Files, TensorFile, TensorWriter, header_bound
+from lowbit.io.verify import Written, verify_config, verify_shard
 from lowbit.numerics.scheme import QuantScheme, check_fits
 from lowbit.tensors import PackedWeight
 
-FLOAT = "float"
 GGUF = {f"gguf-{name.lower()}": BY_NAME[name] for name in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")}
 FORMATS = (*TARGETS, FLOAT, "gguf", *GGUF)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -78,6 +78,11 @@ def convert(model: str | Path, out: str | Path, target: str, options: Options = 
         raise InputError(f"there is no format {target!r}; choose one of {', '.join(FORMATS)}")
     if options.lossy not in (None, "requantize"):
         raise InputError(f"there is no lossy way {options.lossy!r}; the one there is is called requantize")
+    if Path(model).suffix == ".gguf":
+        raise InputError(
+            f"lowbit converts checkpoint folders, to GGUF but not from it; load {model} with lowbit.load, or round it "
+            "anew with lowbit quantize"
+        )
     with open_source(model) as source:
         if target.startswith("gguf"):
             return _to_gguf(source, out, target, options)
@@ -92,7 +97,7 @@ def convert(model: str | Path, out: str | Path, target: str, options: Options = 
             job = _Job(source, files, reader, target, options, Conversion(source.name, target))
             job.write(folder)
             if options.verify:
-                job.verify_config(folder)
+                verify_config(folder, source, Written(target, job.result.schemes, job.dtype))
     return job.result
 
 
@@ -153,30 +158,49 @@ class _Job:
             raise InputError(f"experts in 3-D can only be written as {FLOAT}; no other format here has a form for them")
         weight_map: dict[str, str] = {}
         total = 0
-        for shard in self.source.shards:
-            file, modules = TensorFile.open(self.source.folder / shard), []
-            with TensorWriter(folder / shard, header_bound(list(file.entries))) as writer:
-                for name in sorted(file.entries, key=lambda name: file.entries[name].start):
-                    owner = owners.get(name)
-                    if name in self.options.drop:
-                        continue
-                    if owner is None:
-                        writer.copy(name, file)
-                    elif name == self.reader.names(owner)[0]:
-                        for key, tensor in self._module(owner).items():
-                            writer.add(key, tensor)
-                        modules.append(owner)
-                        self._step("converting", len(self.reader.modules) + len(self.reader.experts))
-            if self.options.verify:  # while the shard is still in the page cache
-                self._verify(folder / shard, modules)
-            weight_map |= dict.fromkeys(TensorFile.open(folder / shard).entries, shard)
-            total += (folder / shard).stat().st_size
+        with ThreadPoolExecutor(1, "checker") as checker:  # checks a shard, still in the page cache, beside the next
+            checks: list[Future[int]] = []
+            for shard in self.source.shards:
+                modules = self._shard(shard, folder / shard, owners)
+                weight_map |= dict.fromkeys(TensorFile.open(folder / shard).entries, shard)
+                total += (folder / shard).stat().st_size
+                self._collect(checks[-1:])
+                if self.options.verify:
+                    checks.append(checker.submit(self._checked, folder / shard, modules))
+            self._collect(checks[-1:])
         if (self.source.folder / INDEX).is_file():
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         copy_files(self.source, folder)
         self._write_config(folder, owners)
         self.result.warnings = list(self.reader.warnings)
+
+    def _shard(self, shard: str, out: Path, owners: dict[str, str]) -> list[str]:
+        """Write one shard; the modules whose codes it holds."""
+        file, modules = TensorFile.open(self.source.folder / shard), []
+        with TensorWriter(out, header_bound(list(file.entries))) as writer:
+            for name in sorted(file.entries, key=lambda name: file.entries[name].start):
+                owner = owners.get(name)
+                if name in self.options.drop:
+                    continue
+                if owner is None:
+                    writer.copy(name, file)
+                elif name == self.reader.names(owner)[0]:
+                    for key, tensor in self._module(owner).items():
+                        writer.add(key, tensor)
+                    modules.append(owner)
+                    self._step("converting", len(self.reader.modules) + len(self.reader.experts))
+        return modules
+
+    def _checked(self, shard: Path, modules: Sequence[str]) -> int:
+        again = {*self.result.requantized, *self.reader.experts}
+        same_codes = [module for module in modules if module not in again]
+        before, schemes = self.source.quantization or {}, self.result.schemes
+        return verify_shard(shard, same_codes, self.files, before, Written(self.name, schemes, self.dtype))
+
+    def _collect(self, checks: Sequence["Future[int]"]) -> None:
+        """Wait for checks and count what they found equal; raises what they raised."""
+        self.result.verified += sum(check.result() for check in checks)
 
     def _step(self, stage: str, total: int) -> None:
         self.done += 1
@@ -235,35 +259,6 @@ class _Job:
             if name.endswith(".weight") and len(entry.shape) == 2 and "embed" not in name and ".wte" not in name
         }
         return sorted(names | ({"lm_head"} - set(self.result.schemes)))
-
-    def _verify(self, shard: Path, modules: Sequence[str]) -> None:
-        """Decode these modules anew from old and new files and compare. Raises CheckpointError at a difference."""
-        before, written = self.source.quantization or {}, Files.open([shard])
-        for module in modules:
-            if module in self.result.requantized or module in self.reader.experts:
-                continue
-            old = decode(self.files.get, before, module)
-            if self.name == FLOAT:
-                rounded = torch.from_numpy(old.weight()).to(self.dtype)
-                equal = torch.equal(rounded, written.get(f"{module}.weight"))
-            else:
-                scheme = {module: self.result.schemes[module]}
-                equal = same(old, decode(written.get, TARGETS[self.name].config(scheme, [], self.dtype), module))
-            if not equal:
-                raise CheckpointError(
-                    f"{module} does not decode to the same numbers from {self.name} as from the source; nothing was "
-                    "written. Please report this with the checkpoint's config.json"
-                )
-            self.result.verified += 1
-
-    def verify_config(self, folder: Path) -> None:
-        """The new config must name the modules and schemes that were written. Raises CheckpointError."""
-        if self.name == FLOAT:
-            return
-        files = Files.open(folder / shard for shard in self.source.shards)
-        reader = reader_of(Source(str(folder), folder).quantization or {}, files)
-        if set(reader.modules) != set(self.result.schemes):
-            raise CheckpointError(f"the {self.name} config does not name the modules that were written; report this")
 
 
 def verdict(result: Conversion) -> dict[str, Any]:

@@ -8,12 +8,15 @@
 Source: DeepSeek-V3 README, "FP8 weights"; transformers 5.23 integrations/finegrained_fp8.py.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, InputError
 from lowbit.io.stored import Reader, Stored, need
+from lowbit.numerics.formats import FP8_E4M3
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
@@ -61,3 +64,41 @@ class Fp8Reader(Reader):
 
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 < value <= 4096
+
+
+def refusal(scheme: QuantScheme) -> str | None:
+    """Why this form of fp8 can't hold codes under `scheme`, or None."""
+    weights, activations = scheme.weights, scheme.activations
+    if weights.format != FP8_E4M3 or weights.granularity not in ("tile", "tensor") or activations is None:
+        return f"fp8 checkpoints hold square blocks or whole tensors beside fp8 activations, not {scheme}"
+    return None
+
+
+def tensors_fp8(name: str, stored: Stored) -> dict[str, Tensor]:
+    """The checkpoint's entries for module `name`; scales widened to float32, which changes none."""
+    weight = stored.weight
+    assert isinstance(weight.scale, Tensor)
+    scale = weight.scale.float()
+    named = {"weight": weight.codes, "weight_scale_inv": scale if scale.dim() == 2 else scale.reshape(())}
+    if "input_scale" in stored.inputs:
+        named["activation_scale"] = stored.inputs["input_scale"].float().reshape(())
+    return {f"{name}.{key}": tensor.contiguous() for key, tensor in named.items()}
+
+
+def config_fp8(schemes: Mapping[str, QuantScheme], skip: Sequence[str]) -> dict[str, Any]:
+    """The quantization_config; skip names linear modules that stay as they are. Raises InputError for two schemes."""
+    kinds = set(schemes.values())
+    if len(kinds) > 1:
+        raise InputError(
+            f"an fp8 checkpoint has one scheme for all layers, and this model has {sorted(map(str, kinds))}"
+        )
+    scheme = kinds.pop()
+    side = scheme.weights.group_size
+    assert scheme.activations is not None
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic" if scheme.activations.dynamic else "static",
+        "weight_block_size": [side, side] if side else None,
+        "modules_to_not_convert": list(skip),
+    }

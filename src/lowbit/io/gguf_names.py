@@ -26,6 +26,7 @@ _INSIDE = {
     **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
 _TO_GGUF = {name: key for key, name in (_OUTSIDE | _INSIDE).items()}
+FACTORS = "rope_freqs.weight"
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
@@ -71,14 +72,58 @@ def rows_from_gguf(rows: int, heads: int) -> Tensor:
     return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
 
 
+def _head(config: Mapping[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary embedding's settings under the keys of transformers 5."""
+    old = config.get("rope_scaling") or {}
+    return config.get("rope_parameters") or {**old, "rope_type": old.get("rope_type", old.get("type", "default"))}
+
+
+def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
+    """What llama.cpp divides the rotary frequencies by, float32 [head / 2] ("rope_freqs"), or None for plain ones.
+
+    Llama 3's rule: wavelengths above the original context's are stretched by `factor`, short ones not, between them
+    it passes over smoothly. Source: transformers 5.23 modeling_rope_utils.py, _compute_llama3_parameters.
+    """
+    rope = _rope(config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    head, low, high = _head(config), rope["low_freq_factor"], rope["high_freq_factor"]
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    frequency = theta ** -(torch.arange(0, head, 2, dtype=torch.float64) / head)
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # within the original context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()
+
+
+def _rope_of(factors: Tensor | None, theta: float, head: int) -> dict[str, Any]:
+    """The settings whose factors these are. Raises CheckpointError where they are none of Llama 3's."""
+    plain = {"rope_type": "default", "rope_theta": theta}
+    if factors is None or bool((factors == 1).all()):
+        return plain
+    scaled = {**plain, "rope_type": "llama3", "factor": round(float(factors.max()), 3), "low_freq_factor": 1.0}
+    scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # of every Llama 3 to 3.3
+    expected = rope_factors({"rope_parameters": scaled, "head_dim": head})
+    if expected is None or expected.shape != factors.shape or not torch.allclose(expected, factors, rtol=1e-3):
+        raise CheckpointError("the GGUF file scales its rotary embeddings (rope_freqs) otherwise than Llama 3 does")
+    return scaled
+
+
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """llama.cpp's keys for a transformers config. Raises InputError for a family that is not written."""
     if config["model_type"] not in ARCHITECTURES:
         raise InputError(f"lowbit writes GGUF for {', '.join(ARCHITECTURES)}, not for {config['model_type']!r}")
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise InputError(f"lowbit writes GGUF with plain rotary embeddings, not with {rope['rope_type']!r}")
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rope, head = _rope(config), _head(config)
+    known = ("default", "llama3") if ARCHITECTURES[config["model_type"]] == "llama" else ("default",)
+    if rope.get("rope_type", "default") not in known:
+        raise InputError(
+            f"lowbit writes GGUF of {config['model_type']} with rotary embeddings of type {' or '.join(known)}, not of "
+            f"{rope['rope_type']!r}; use llama.cpp's convert_hf_to_gguf.py on a float checkpoint (lowbit convert "
+            "--format float)"
+        )
     context, window = config["max_position_embeddings"], config.get("sliding_window")
     if window and config.get("use_sliding_window", True):
         context = min(context, window)  # llama.cpp's "llama" knows no window: up to here it makes no difference
@@ -100,8 +145,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
-def config_of(metadata: Mapping[str, Any], has_output: bool) -> dict[str, Any]:
-    """A transformers config out of a file's metadata. Raises CheckpointError where a key is missing or no number."""
+def config_of(metadata: Mapping[str, Any], has_output: bool, factors: Tensor | None = None) -> dict[str, Any]:
+    """A transformers config out of a file's metadata and rope_freqs. Raises CheckpointError where a key is missing or
+    no number, or for rotary embeddings that are scaled in a way that has no words here."""
     architecture = metadata.get("general.architecture")
     if architecture not in MODEL_TYPES:
         raise CheckpointError(f"lowbit reads the GGUF families {', '.join(MODEL_TYPES)}, not {architecture!r}")
@@ -112,7 +158,12 @@ def config_of(metadata: Mapping[str, Any], has_output: bool) -> dict[str, Any]:
             raise CheckpointError(f"the GGUF file's {architecture}.{name} is {value!r}; download it again")
         return value
 
+    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling not in ("none", "") or f"{architecture}.expert_count" in metadata:
+        what = "experts" if scaling in ("none", "") else f"rotary embeddings scaled by {scaling!r}"
+        raise CheckpointError(f"lowbit does not read GGUF files with {what} of the architecture {architecture!r}")
     heads, hidden = key("attention.head_count"), key("embedding_length")
+    head = key("attention.key_length", hidden // heads)
     tokens = metadata.get("tokenizer.ggml.tokens")
     return {
         "model_type": MODEL_TYPES[architecture],
@@ -123,10 +174,10 @@ def config_of(metadata: Mapping[str, Any], has_output: bool) -> dict[str, Any]:
         "intermediate_size": key("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": key("attention.head_count_kv", heads),
-        "head_dim": key("attention.key_length", hidden // heads),
+        "head_dim": head,
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)},
+        "rope_parameters": _rope_of(factors, key("rope.freq_base", 10000.0), head),
         "tie_word_embeddings": not has_output,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),

@@ -20,7 +20,7 @@ from lowbit.errors import CheckpointError
 from lowbit.io.empty import empty_model
 from lowbit.io.gguf_blocks import Grid
 from lowbit.io.gguf_file import GgufFile
-from lowbit.io.gguf_names import config_of, heads_of, rows_from_gguf, to_transformers
+from lowbit.io.gguf_names import FACTORS, config_of, heads_of, rows_from_gguf, to_transformers
 from lowbit.io.stored import Reader, Stored
 from lowbit.io.tensorfile import Entry
 from lowbit.numerics.scheme import QuantScheme
@@ -38,6 +38,8 @@ class GgufFiles:
         self.names: dict[str, str] = {}
         self.skipped = []
         for name in file.tensors:
+            if name == FACTORS:
+                continue  # in the config
             if (ours := to_transformers(name)) is None:
                 self.skipped.append(name)
             else:
@@ -129,10 +131,16 @@ def _offset(grid: Grid, bits: int) -> int:
     return grid.zero if grid.minimum is None else 2 ** (bits - 1)
 
 
+def gguf_settings(file: GgufFile) -> dict[str, Any]:
+    """The transformers config of a file. Raises CheckpointError as gguf_names.config_of does."""
+    factors = torch.from_numpy(file.floats(FACTORS).copy()).reshape(-1) if FACTORS in file.tensors else None
+    return config_of(file.metadata, "output.weight" in file.tensors, factors)
+
+
 def empty_gguf_model(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, GgufFiles, GgufReader]:
     """The model without weights, and what fills it. Raises CheckpointError for a damaged file or another family."""
     file = GgufFile.open(path)
-    settings = config_of(file.metadata, "output.weight" in file.tensors)
+    settings = gguf_settings(file)
     config = AutoConfig.for_model(**settings)
     model = empty_model(config, str(path), dtype or torch.float32, len(file.tensors), path.stat().st_size)
     files = GgufFiles(file, settings)

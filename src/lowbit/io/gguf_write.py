@@ -19,7 +19,7 @@ from lowbit.io.decoders import decode
 from lowbit.io.gguf_blocks import BY_NAME, Block
 from lowbit.io.gguf_encode import block_of, encode_codes, encode_floats, fitting
 from lowbit.io.gguf_file import GgufFile, write_gguf
-from lowbit.io.gguf_names import heads_of, rows_to_gguf, settings_of, to_gguf
+from lowbit.io.gguf_names import FACTORS, heads_of, rope_factors, rows_to_gguf, settings_of, to_gguf
 from lowbit.io.gguf_tokenizer import tokenizer_keys
 from lowbit.io.source import Source
 from lowbit.io.stored import Reader
@@ -78,6 +78,8 @@ class GgufWriter:
             weight = self._packed(name)
             shape = weight.shape if weight is not None else self.files.entry(name).shape
             plan.append((theirs, tuple(shape), self._block(name, tuple(shape), weight)))
+        if (factors := rope_factors(self.source.config)) is not None:
+            plan.append((FACTORS, tuple(factors.shape), BY_NAME["F32"]))
         return plan
 
     def _packed(self, name: str) -> PackedWeight | None:
@@ -106,7 +108,10 @@ class GgufWriter:
 
     def _rows(self, plan: list[tuple[str, tuple[int, ...], Block]]) -> Iterator[Rows]:
         for theirs, _, block in plan:
-            yield self._encoded(self.ours[theirs], block)
+            if theirs in self.ours:
+                yield self._encoded(self.ours[theirs], block)
+            elif (factors := rope_factors(self.source.config)) is not None:
+                yield factors.numpy().view(np.uint8)
 
     def _encoded(self, name: str, block: Block) -> Rows:
         """The tensor's bytes, rows in llama.cpp's order."""

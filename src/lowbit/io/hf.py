@@ -8,6 +8,7 @@ so that the float model is never there as a whole. The saved config names every 
 (5.23) has no entry point by which a package could register without being imported, so `import lowbit` comes first.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -30,6 +31,7 @@ from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme, check_fits
 from lowbit.tensors import PackedWeight
 
+_LOG = logging.getLogger("lowbit")
 METHOD = "lowbit"
 SHORT = {"nf4": "nf4-b64", "fp4": "fp4-b64", "int8": "int8-t6", "int4": "w4a16-g64"}
 
@@ -165,6 +167,14 @@ class LowbitQuantizer(HfQuantizer):
             if type(module) is nn.Linear and name not in kept and min(module.weight.shape) >= 16
             if not any(fnmatchcase(name, glob) for glob in self.quantization_config.ignore)
         }
+        experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+        if experts:
+            _LOG.warning(
+                "%d parameters with the experts of a mixture stay as they are while loading, the first is %s; "
+                "lowbit.quantize rounds them too",
+                len(experts),
+                experts[0],
+            )
 
     def _put_empty_layers(self, model: PreTrainedModel) -> None:
         """Quantized layers without data in the places that the saved config names. Raises InputError."""

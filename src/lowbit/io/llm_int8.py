@@ -5,11 +5,16 @@
     {m}.weight_format  uint8 scalar    0, row by row; the other layouts (1 to 3) are no longer written
 
 The threshold that parts the outlying columns stands in the config, llm_int8_threshold (numerics/scheme.py, int8-t6).
+Written are the codes as they are and the SCB whose 127th part, in float32, is the scale. There is one for every scale
+that was bitsandbytes' or is a 16-bit number, but for one in 128 of other float32 numbers there is none.
 """
 
-import torch
+from collections.abc import Sequence
 
-from lowbit.errors import CheckpointError
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, InputError
 from lowbit.io.stored import Reader, Stored, need
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
@@ -48,3 +53,48 @@ class LlmInt8Reader(Reader):
         if not isinstance(threshold, int | float) or not 0 <= threshold < 1e6:
             raise CheckpointError(f"llm_int8_threshold is {threshold!r}, which is no threshold")
         return QuantScheme.parse(f"int8-t{float(threshold):.6f}".rstrip("0").rstrip("."))
+
+
+def _maxima(scale: Tensor) -> Tensor | None:
+    """float32 [N] whose quotients by 127 are scale [N, 1], or None where float32 has no such numbers."""
+    wanted = scale.float().view(-1)
+    found = wanted * _LARGEST
+    for side in (torch.inf, -torch.inf):
+        found = torch.where(found / _LARGEST == wanted, found, torch.nextafter(wanted * _LARGEST, torch.tensor(side)))
+    return found if torch.equal(found / _LARGEST, wanted) else None
+
+
+def refusal(weight: PackedWeight) -> str | None:
+    """Why LLM.int8() can't hold these very codes, or None."""
+    activations = weight.scheme.activations
+    if activations is None or activations.outlier is None:
+        return f"LLM.int8() holds int8-t6 and its like, not {weight.scheme}"
+    assert isinstance(weight.scale, Tensor)
+    if _maxima(weight.scale) is None:
+        return "one of its float32 scales is no 127th part of a float32 number"
+    return None
+
+
+def tensors_8bit(name: str, weight: PackedWeight) -> dict[str, Tensor]:
+    """The checkpoint's entries for module `name`. Raises InputError where LLM.int8() can't hold these codes."""
+    if why := refusal(weight):
+        raise InputError(f"{name}: {why}")
+    assert isinstance(weight.scale, Tensor)
+    maxima = _maxima(weight.scale)
+    assert maxima is not None
+    layout = torch.tensor(0, dtype=torch.uint8)
+    return {f"{name}.weight": weight.codes, f"{name}.SCB": maxima, f"{name}.weight_format": layout}
+
+
+def config_8bit(scheme: QuantScheme, skip: Sequence[str]) -> dict[str, object]:
+    """The quantization_config; skip names every linear layer that is not quantized ("lm_head", for one)."""
+    assert scheme.activations is not None
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": False,
+        "load_in_8bit": True,
+        "llm_int8_threshold": scheme.activations.outlier,
+        "llm_int8_skip_modules": list(skip),
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }

@@ -37,8 +37,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: torch.devic
     dtype is that of activations and of weights which are not quantized; by default the checkpoint's. Raises
     CheckpointError where files are missing, damaged, or quantized in a way that lowbit does not read.
     """
-    if Path(path).suffix == ".gguf" and gguf_family(Path(path)) in MODEL_TYPES:
-        return _load_gguf(Path(path), dtype).to(device)  # type: ignore[arg-type]
+    if Path(path).suffix == ".gguf":
+        family = gguf_family(Path(path))
+        if family in MODEL_TYPES:
+            return _load_gguf(Path(path), dtype).to(device)  # type: ignore[arg-type]
+        known = ", ".join(MODEL_TYPES)
+        _LOG.warning("%s: weights of the architecture %s are dequantized; packed are those of %s", path, family, known)
     with open_source(path) as source:
         return load_source(source, dtype).to(device)  # type: ignore[arg-type]
 
@@ -91,6 +95,9 @@ class _Part:
     stored: Stored
 
 
+_SPLIT = {"gate_up_proj": ("gate_proj", "up_proj"), "qkv_proj": ("q_proj", "k_proj", "v_proj")}
+"""One matrix in memory -> the modules that gptqmodel makes of it before it quantizes (Phi-3)."""
+
 _Packed = dict[str, dict[int | None, list[_Part]]]
 """Parameter -> expert or None -> its parts by rows."""
 
@@ -109,6 +116,8 @@ def _collect(model: nn.Module, source: str, files: Files | GgufFiles, reader: Re
             packed[piece.parameter] = {expert: [_Part(0, part)] for expert, part in enumerate(matrices)}
         elif name in files:
             _copy(name, files.get(name), target, piece)
+        elif parts := _split(module, reader):
+            packed[piece.parameter] = {piece.expert: parts}
         else:
             missing.append(name)
     for name, buffer in model.named_buffers():
@@ -117,6 +126,19 @@ def _collect(model: nn.Module, source: str, files: Files | GgufFiles, reader: Re
     if missing:
         raise CheckpointError(f"{source} lacks {len(missing)} tensors, the first is {missing[0]}; get it again")
     return packed
+
+
+def _split(module: str, reader: Reader) -> list[_Part]:
+    """The parts of a matrix that the files hold as several modules, one below the other; none where they don't."""
+    parent, _, last = module.rpartition(".")
+    modules = [f"{parent}.{part}" for part in _SPLIT.get(last, ())]
+    if not modules or any(part not in reader.modules for part in modules):
+        return []
+    parts: list[_Part] = []
+    for part in modules:
+        start = parts[-1].start + parts[-1].stored.weight.shape[0] if parts else 0
+        parts.append(_Part(start, reader.read(part)))
+    return parts
 
 
 def _copy(name: str, value: Tensor, target: Tensor, piece: Piece) -> None:

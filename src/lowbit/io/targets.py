@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.io import awq, bitsandbytes, compressed_tensors, gptq
+from lowbit.io import awq, bitsandbytes, compressed_tensors, fp8, gptq, llm_int8
 from lowbit.io.stored import Stored
 from lowbit.numerics.scheme import QuantScheme
 
 TOOL = "lowbit:0.1.0"
+FLOAT = "float"  # a plain checkpoint, which needs no Target
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,25 @@ def _bitsandbytes_config(schemes: Mapping[str, QuantScheme], skip: Sequence[str]
     kinds = set(schemes.values())
     if len(kinds) > 1:
         raise InputError(f"bitsandbytes has one scheme for all layers, and this model has {sorted(map(str, kinds))}")
-    return bitsandbytes.config_4bit(kinds.pop(), dtype, skip)
+    scheme = kinds.pop()
+    if scheme.weights.format.kind == "codebook":
+        return bitsandbytes.config_4bit(scheme, dtype, skip)
+    return llm_int8.config_8bit(scheme, skip)
 
 
 def _bitsandbytes_refusal(stored: Stored) -> str | None:
     scheme = stored.weight.scheme
-    return None if scheme.weights.format.kind == "codebook" else f"bitsandbytes holds nf4 and fp4, not {scheme}"
+    if scheme.activations is not None and scheme.activations.outlier is not None:
+        return llm_int8.refusal(stored.weight)
+    if scheme.weights.format.kind == "codebook":
+        return None
+    return f"bitsandbytes holds nf4, fp4 and LLM.int8() (int8-t6), not {scheme}"
+
+
+def _bitsandbytes_tensors(name: str, stored: Stored, dtype: torch.dtype) -> dict[str, Tensor]:
+    if stored.weight.scheme.weights.format.kind == "codebook":
+        return bitsandbytes.tensors_4bit(name, stored.weight, dtype)
+    return llm_int8.tensors_8bit(name, stored.weight)
 
 
 def _gptq(version: int) -> Target:
@@ -72,9 +86,15 @@ TARGETS: dict[str, Target] = {
         lambda schemes, skip, dtype: awq.config_awq(schemes, skip),
         "w4a16-g128-asym",
     ),
+    "fp8": Target(
+        lambda stored: fp8.refusal(stored.weight.scheme),
+        lambda name, stored, dtype: fp8.tensors_fp8(name, stored),
+        lambda schemes, skip, dtype: fp8.config_fp8(schemes, skip),
+        "fp8-tile128",
+    ),
     "bitsandbytes": Target(
         _bitsandbytes_refusal,
-        lambda name, stored, dtype: bitsandbytes.tensors_4bit(name, stored.weight, dtype),
+        _bitsandbytes_tensors,
         _bitsandbytes_config,
         "nf4-b64",
     ),

@@ -71,6 +71,11 @@ class Recipe:
             raise SchemeError(
                 "nf4 and fp4 are written as bitsandbytes writes them and can't stand beside other schemes"
             )
+        outliers = {scheme.activations.outlier if scheme.activations else None for scheme in schemes}
+        if len(outliers) > 1:
+            raise SchemeError(
+                "LLM.int8() is written as bitsandbytes writes it, under one threshold, and can't stand beside others"
+            )
 
         if self.method in ALIGNED_METHODS and self.correction is None:
             object.__setattr__(self, "correction", Correction())

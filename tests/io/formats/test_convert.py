@@ -11,7 +11,7 @@ from architectures import tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig, FineGrainedFP8Config
 
 import lowbit
 from lowbit.errors import CheckpointError, InputError
@@ -180,6 +180,42 @@ def test_deepseek_blocks_become_compressed_tensors(tmp_path: Path) -> None:
     first, last = all_tensors(start), all_tensors(tmp_path / "back")
     assert first.keys() == last.keys()
     assert all(torch.equal(first[name].float(), last[name].float()) for name in first)
+    convert(start, tmp_path / "again", "fp8")
+    third = all_tensors(tmp_path / "again")
+    assert third.keys() == tensors.keys()
+    assert all(torch.equal(third[name].float(), tensors[name].float()) for name in third)
+    written = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert written.items() >= config["quantization_config"].items()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["fp8-tensor", "fp8-tensor-static"])
+def test_fp8_per_tensor_goes_there_and_back(text: str, tmp_path: Path) -> None:
+    start = ours(tmp_path / "start", text)
+    if text.endswith("static"):
+        tensors = all_tensors(start)
+        names = [name.replace("weight_scale", "input_scale") for name in tensors if name.endswith("weight_scale")]
+        tensors |= {name: torch.tensor([0.02]).bfloat16() for name in names}
+        save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})
+    result = convert(start, tmp_path / "fp8", "fp8")
+    assert result.verified == 21
+    first, last = (lowbit.load(folder, torch.float32)(TOKENS).logits for folder in (start, tmp_path / "fp8"))
+    assert torch.equal(first, last)
+    with pytest.raises(InputError, match=r"square blocks or whole tensors.*--lossy requantize"):
+        convert(ours(tmp_path / "channel", "fp8"), tmp_path / "no", "fp8")
+
+
+@torch.no_grad()
+def test_transformers_dequantizes_the_fp8_that_we_wrote(tmp_path: Path) -> None:
+    start = ours(tmp_path / "start", "fp8-tile128")
+    convert(start, tmp_path / "fp8", "fp8")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    packed = lowbit.load(tmp_path / "fp8", torch.float32)
+    for name, module in packed.named_modules():
+        if isinstance(module, lowbit.QuantLinear):
+            assert torch.equal(module.packed.dequantize(torch.bfloat16), theirs.get_submodule(name).weight), name
 
 
 @pytest.mark.parametrize("key", ["weight_packed", "weight_scale"])

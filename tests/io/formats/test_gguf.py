@@ -11,16 +11,18 @@ import torch
 from architectures import tiny
 from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lowbit
+from lowbit.doctor import examine, fix
 from lowbit.errors import CheckpointError, InputError
 from lowbit.io.convert import Options, convert
 from lowbit.io.gguf_blocks import BLOCKS, BY_NAME
 from lowbit.io.gguf_encode import block_of, encode_codes, encode_floats
 from lowbit.io.gguf_file import GgufFile, write_gguf
-from lowbit.io.gguf_names import rows_from_gguf, rows_to_gguf, to_gguf, to_transformers
+from lowbit.io.gguf_names import FACTORS, config_of, rows_from_gguf, rows_to_gguf, to_gguf, to_transformers
 from lowbit.io.stored import Stored
 from lowbit.io.targets import TARGETS
 from lowbit.nn.linear import QuantLinear
@@ -134,9 +136,13 @@ def test_names_go_there_and_back(name: str) -> None:
         to_gguf("model.layers.0.mlp.experts.3.up_proj.weight")
 
 
-def checkpoint(folder: Path, model_type: str, text: str | None, dtype: torch.dtype = torch.float16) -> Path:
+def checkpoint(
+    folder: Path, model_type: str, text: str | None, dtype: torch.dtype = torch.float16, vocabulary: int = 128
+) -> Path:
     """A tiny model with a byte-level tokenizer, quantized by rounding where a scheme is given."""
     model = tiny(model_type).to(dtype)
+    if vocabulary != 128:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     model.config.sliding_window = None  # which llama.cpp's architectures don't have
     tensors, schemes = dict(model.state_dict()), {}
     if text is not None:
@@ -231,6 +237,84 @@ def test_a_rule_without_a_name_is_refused(tmp_path: Path) -> None:
         convert(start, tmp_path / "m.gguf", "gguf-q8_0")
 
 
+def pieces_tokenizer(prepends: bool) -> PreTrainedTokenizerFast:
+    """As transformers makes it of a SentencePiece model: bytes for what it lacks, and every way to join a piece."""
+    words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "rat", "ate", "the", "hat", "of", "that", "cat"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    joined = sorted(
+        {f"\u2581{word}"[:size] for word in words for size in range(2, 5)} | {"at", "he", "th", "an"}, key=len
+    )
+    letters = sorted(set("".join(words)) | {"\u2581"})
+    vocabulary = {piece: number for number, piece in enumerate([*pieces, *joined, *letters])}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in joined
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    steps = [normalizers.Prepend("\u2581")] * prepends + [normalizers.Replace(" ", "\u2581")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("prepends", [True, False])
+def test_pieces_with_bytes_give_their_tokens_through_transformers_gguf_reader(prepends: bool, tmp_path: Path) -> None:
+    start = checkpoint(tmp_path / "start", "mistral", None, vocabulary=320)
+    source = pieces_tokenizer(prepends)
+    source.save_pretrained(start)
+    convert(start, tmp_path / "m.gguf", "gguf-q8_0")
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"] == prepends
+    assert fields["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 6]
+    if prepends:  # which its reader takes for granted; it also joins spaces that stand together, as llama.cpp does not
+        theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+        for text in ("the cat sat on that mat", "an \u00e9t\u00e9", "ratatat hath", "two spaces "):
+            ids = source(text, add_special_tokens=False).input_ids
+            assert theirs(text, add_special_tokens=False).input_ids == ids, text
+
+
+@torch.no_grad()
+def test_llama_3_s_rotary_factors_go_there_and_back(tmp_path: Path) -> None:
+    start = checkpoint(tmp_path / "start", "llama", "w4a16-g32")
+    settings = json.loads((start / "config.json").read_text())
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    (start / "config.json").write_text(json.dumps(settings | {"rope_parameters": rope}))
+    expected = lowbit.load(start, torch.float32)
+    convert(start, tmp_path / "m.gguf", "gguf")
+    model = lowbit.load(tmp_path / "m.gguf", torch.float32)
+    assert model.config.rope_parameters == rope
+    plain, factors = 500000.0 ** -(torch.arange(0, 16, 2) / 16), GgufFile.open(tmp_path / "m.gguf").floats(FACTORS)
+    assert factors[0] == 1
+    assert factors[-1] == 8
+    torch.testing.assert_close(plain / torch.from_numpy(factors.copy()), expected.model.rotary_emb.inv_freq)
+    torch.testing.assert_close(model(TOKENS).logits, expected(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    qwen = checkpoint(tmp_path / "qwen", "qwen2", "w4a16-g32")
+    settings = json.loads((qwen / "config.json").read_text())
+    (qwen / "config.json").write_text(json.dumps(settings | {"rope_parameters": rope}))
+    with pytest.raises(InputError, match="type default, not of 'llama3'"):
+        convert(qwen, tmp_path / "q.gguf", "gguf")
+
+
+def test_rotary_embeddings_and_experts_that_have_no_words_here_are_refused() -> None:
+    metadata = {"general.architecture": "llama", "llama.block_count": 1, "llama.embedding_length": 32,
+                "llama.attention.head_count": 2, "llama.context_length": 8, "llama.feed_forward_length": 32,
+                "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.vocab_size": 32}  # fmt: skip
+    assert config_of(metadata, True)["rope_parameters"]["rope_type"] == "default"
+    for change, words in (
+        ({"llama.rope.scaling.type": "yarn"}, "scaled by 'yarn'"),
+        ({"llama.expert_count": 8}, "with experts"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            config_of(metadata | change, True)
+    with pytest.raises(CheckpointError, match="otherwise than Llama 3 does"):
+        config_of(metadata, True, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]))
+
+
 @torch.no_grad()
 def test_minima_that_are_no_whole_steps_are_dequantized_with_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -241,6 +325,36 @@ def test_minima_that_are_no_whole_steps_are_dequantized_with_a_word(
     packed = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     assert packed == ["lm_head"]  # in Q8_0
     assert "Q4_1 weights are dequantized where a minimum is no whole number of steps" in caplog.text
+
+
+def test_another_family_is_dequantized_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "m.gguf"
+    rows = encode_floats(weights(), BY_NAME["Q8_0"])
+    write_gguf(path, {"general.architecture": "rwkv"}, [("a", (8, 512), BY_NAME["Q8_0"])], iter([rows]))
+    with pytest.raises(CheckpointError, match="can't be read as a GGUF model"):  # transformers' reader has its turn
+        lowbit.load(path)
+    assert "weights of the architecture rwkv are dequantized; packed are those of llama, qwen2, qwen3" in caplog.text
+
+
+def test_the_doctor_reads_gguf_and_convert_says_that_it_does_not(tmp_path: Path) -> None:
+    start = checkpoint(tmp_path / "start", "llama", "w4a16-g32")
+    path = tmp_path / "m.gguf"
+    convert(start, path, "gguf")
+    diagnosis = examine(path)
+    assert (diagnosis.method, diagnosis.findings) == ("gguf, llama", [])
+    assert diagnosis.verdicts["llama.cpp"] == "reads it"
+    with pytest.raises(InputError, match="to GGUF but not from it"):
+        convert(path, tmp_path / "out", "awq")
+    with pytest.raises(InputError, match="lowbit repairs compressed-tensors, gptq, awq, not gguf, llama"):
+        fix(path, tmp_path / "out")
+    file = GgufFile.open(path)
+    kept = [tensor for name, tensor in file.tensors.items() if name != "blk.1.ffn_up.weight"]
+    metadata = {key: value for key, value in file.metadata.items() if key != "tokenizer.ggml.tokens"}
+    metadata |= {"llama.vocab_size": 128}
+    rows = [file.read(tensor.name) for tensor in kept]
+    write_gguf(path, metadata, [(tensor.name, tensor.shape, tensor.block) for tensor in kept], iter(rows))
+    words = [finding.words for finding in examine(path).findings]
+    assert words == ["1 tensors are missing: blk.1.ffn_up.weight", "there is no tokenizer in it"]
 
 
 @pytest.mark.parametrize("damage", ["magic", "version", "short", "tensors", "offset", "type"])

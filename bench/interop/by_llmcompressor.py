@@ -1,6 +1,6 @@
 """llmcompressor's own checkpoints of tiny models of four architectures in lowbit, beside transformers' reader of them.
 
-    pip install --no-deps llmcompressor ; PYTHONPATH=src:tests python bench/interop/llmcompressor.py OUT
+    pip install --no-deps llmcompressor ; PYTHONPATH=src:tests python bench/interop/by_llmcompressor.py OUT
 
 Writes OUT/llmcompressor.json: per architecture and preset the largest difference of logits, relative to the largest
 logit, between lowbit's packed model and what transformers and compressed-tensors make of the same files.
@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from architectures import tiny
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
@@ -28,7 +30,8 @@ import lowbit
 from lowbit.nn.linear import QuantLinear
 from lowbit.tensors import PackedWeight
 
-PRESETS = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16")
+GPTQ = "W4A16 by GPTQ"  # calibrated, block by block; the others are rounded without data
+PRESETS = (GPTQ, "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16")
 # these load in no other way in float32 (5.23); activations are not rounded then, so FP8_BLOCK's logits differ
 DEQUANTIZED = ("W4A16_ASYM", "FP8_BLOCK", "NVFP4A16", "MXFP4A16")
 ARCHITECTURES = ("llama", "qwen2", "mistral", "phi3")
@@ -51,14 +54,21 @@ def difference(model_type: str, preset: str, folder: Path) -> dict[str, object]:
     type(model)(model.config).eval().save_pretrained(source)
     PROCESSOR.save_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    if preset in ("W4A16", "W4A16_ASYM", "W8A16"):
+    if preset in (GPTQ, "W4A16", "W4A16_ASYM", "W8A16"):
         weights = {"num_bits": int(preset[1]), "type": "int", "symmetric": not preset.endswith("ASYM"),
                    "strategy": "group", "group_size": 32}  # fmt: skip
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-        recipe = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
+        kind = GPTQModifier if preset == GPTQ else QuantizationModifier
+        recipe = kind(config_groups=groups, ignore=["lm_head"])
     else:
         recipe = QuantizationModifier(targets="Linear", scheme=preset, ignore=["lm_head"])
-    oneshot(model=model, recipe=recipe, pipeline="datafree")
+    if preset == GPTQ:
+        rows = torch.randint(1, 128, (16, 32), generator=torch.Generator().manual_seed(0))
+        batches = DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
+        with torch.enable_grad():
+            oneshot(model=model, recipe=recipe, dataset=batches, num_calibration_samples=16, max_seq_length=32)
+    else:
+        oneshot(model=model, recipe=recipe, pipeline="datafree")
     model.save_pretrained(folder, save_compressed=True)
     how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if preset in DEQUANTIZED else {}
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)

@@ -1,10 +1,12 @@
 """llama.cpp on our GGUF files: it loads them, and its greedy text agrees with ours; its own bytes of Q4_K and Q6_K.
 
     pip install --no-deps llama-cpp-python diskcache
-    PYTHONPATH=src python bench/interop/llama_cpp.py build/smollm2 bench/results
+    PYTHONPATH=src:tests:tests/io/formats python bench/interop/by_llama_cpp.py build/smollm2 bench/results
 
-Writes llama_cpp.json: per format the first token at which llama.cpp's 32 greedy tokens leave ours (32: nowhere), and
-how much of each block's bytes, and what error, ggml_quantize_chunk gives on the same weights.
+Writes llama_cpp.json: per format the first token at which llama.cpp's 32 greedy tokens leave ours (32: nowhere); how
+much of each block's bytes, and what error, ggml_quantize_chunk gives on the same weights; whether its tokens of a
+SentencePiece tokenizer are transformers'; and how far its logits are from ours under Llama 3's rotary factors and
+without them.
 """
 
 import ctypes
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from llama_cpp import Llama, llama_cpp
+from test_gguf import checkpoint, pieces_tokenizer
 from transformers import AutoTokenizer
 
 import lowbit
@@ -70,8 +73,48 @@ def agreement(model: Path, path: Path) -> dict[str, Any]:
     return {"prompt_tokens_equal": prompt == ids[0].tolist(), "agree": first, "text": tokenizer.decode(theirs)}
 
 
+def pieces() -> dict[str, bool]:
+    """Per text whether llama.cpp's tokens are those of the tokenizer.json that was written into the file."""
+    found = {}
+    for prepends in (True, False):
+        with tempfile.TemporaryDirectory() as name:
+            start = checkpoint(Path(name) / "start", "mistral", None, vocabulary=320)
+            source = pieces_tokenizer(prepends)
+            source.save_pretrained(start)
+            convert(start, Path(name) / "m.gguf", "gguf-q8_0")
+            llama = Llama(str(Path(name) / "m.gguf"), vocab_only=True, verbose=False)
+            for text in ("the cat sat on that mat", "an \u00e9t\u00e9", "ratatat hath", "  two  spaces "):
+                ids = llama.tokenize(text.encode(), add_bos=False, special=False)
+                found[f"{text!r}, prepends {prepends}"] = ids == source(text, add_special_tokens=False).input_ids
+    return found
+
+
+@torch.no_grad()
+def rotary() -> dict[str, float]:
+    """Largest difference of logits to llama.cpp's over 200 tokens, relative to the largest logit."""
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    tokens = (torch.arange(200) * 7 % 100 + 1).view(1, -1)
+    with tempfile.TemporaryDirectory() as name:
+        start = checkpoint(Path(name) / "start", "llama", None)
+        path = start / "config.json"
+        plain = json.loads(path.read_text())
+        path.write_text(json.dumps(plain | {"rope_parameters": rope}))
+        convert(start, Path(name) / "m.gguf", "gguf-q8_0")
+        llama = Llama(str(Path(name) / "m.gguf"), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
+        llama.eval(tokens[0].tolist())
+        theirs = torch.from_numpy(llama.scores[:200].copy())
+        scaled = lowbit.load(start, torch.float32)(tokens).logits[0]
+        path.write_text(json.dumps(plain))
+        unscaled = lowbit.load(start, torch.float32)(tokens).logits[0]
+    return {
+        key: float((logits - theirs).abs().max() / theirs.abs().max())
+        for key, logits in (("with the factors", scaled), ("without", unscaled))
+    }
+
+
 def main(model: Path, out: Path) -> None:
-    rows: dict[str, Any] = {"blocks": k_blocks(), "models": {}}
+    rows: dict[str, Any] = {"blocks": k_blocks(), "pieces": pieces(), "rotary": rotary(), "models": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for text in ("w4a16-g32", "w8a16-g32"):
