@@ -10,6 +10,7 @@ usage:  python bench/accuracy/kv_cache.py MODEL TEXT OUT.json [--windows 4] [--c
 """
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -46,7 +47,7 @@ def arguments() -> argparse.Namespace:
 def pieces(length: int, sinks: int) -> list[tuple[int, int]]:
     """Cuts of a window after the sinks and then after every group."""
     cuts = [0, *range(sinks or GROUP, length, GROUP), length]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))
 
 
 def with_cache(model: PreTrainedModel, ids: Tensor, cache: QuantizedCache) -> Tensor:

@@ -38,6 +38,8 @@ class QuantizedLayer(DynamicLayer):
     """A cache layer of transformers. self.keys and self.values [b, h, T, D] are the recent tokens in float."""
 
     is_croppable = False  # a block that was packed comes back rounded
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
 
     def __init__(self, scheme: CacheScheme, sliding_window: int | None = None) -> None:
         super().__init__()
@@ -105,7 +107,7 @@ class QuantizedLayer(DynamicLayer):
         self._settle()
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self._clear()
 
