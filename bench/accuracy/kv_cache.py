@@ -2,8 +2,8 @@
 
 Tokens come in pieces of one group, so that every token sees exactly what it would see if it came alone
 (cache/layer.py), and all positions of a window count, also the first ones, whose past is all in float; `kld_late` is
-the mean over the second half of each window. Bytes are those of the cache after a window;
-its tokens in float are in float32 here.
+the mean over the second half of each window. Bytes are those of the cache after a window,
+whose float tokens are in float32 here.
 
 usage:  python bench/accuracy/kv_cache.py MODEL TEXT OUT.json [--windows 4] [--caches 8,4,2,2:0:0]
         a cache is BITS[:WINDOW[:SINKS]]

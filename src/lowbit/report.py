@@ -93,6 +93,43 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class TradeOff:
+    """A point of size against loss: stored bits a weight, the expected KL, and the measured one after a full run."""
+
+    name: str
+    bits: float
+    expected: float
+    measured: float | None
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """Layers that share a scheme. alone: KL of the model with this group alone rounded, at each probed level."""
+
+    name: str
+    weights: int
+    scheme: str
+    bits: float
+    alone: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BudgetRecord:
+    """How bits were spread. bits: what a weight takes on disk; curve: expected KL, levels everywhere with their names;
+    runs: what was quantized in full; nearest: where a gate is missed, what would hold."""
+
+    asked: str
+    bits: float
+    tokens: int
+    seconds: float
+    probes: tuple[str, ...]
+    groups: tuple[GroupRecord, ...]
+    curve: tuple[TradeOff, ...]
+    runs: tuple[TradeOff, ...]
+    nearest: str = ""
+
+
+@dataclass(frozen=True)
 class TextSample:
     """Greedy continuations of one prompt by the original and by the quantized model."""
 
@@ -123,6 +160,7 @@ class Report:
     notes: tuple[str, ...] = ()
     histograms: tuple[Histogram, ...] = ()
     sample: TextSample | None = None
+    budget: BudgetRecord | None = None
 
     @property
     def recipe(self) -> str:
