@@ -18,6 +18,7 @@ from itertools import pairwise
 
 from lowbit.numerics.pack import words_per_row
 from lowbit.numerics.scheme import QuantScheme
+from lowbit.tensors import storage_of
 
 FLOAT_BITS = 16
 
@@ -57,8 +58,10 @@ def stored_bits(scheme: QuantScheme, shape: tuple[int, ...], scale_bits: int) ->
         rows *= size
     scales = {"group": columns // (weights.group_size or 1) * rows, "tensor": rows // shape[-2]}
     count = scales.get(weights.granularity, rows)
-    codes = rows * words_per_row(columns, weights.bits) * 32
-    return codes + count * (scale_bits + (0 if weights.symmetric else weights.bits))
+    packed = storage_of(scheme) == "packed"
+    codes = rows * (words_per_row(columns, weights.bits) * 32 if packed else columns * 8)
+    zero_bits = 0 if weights.symmetric else weights.bits if packed else 8
+    return codes + count * (scale_bits + zero_bits)
 
 
 def curve(groups: Sequence[Group], most_float: float = 0) -> list[Allocation]:
@@ -100,6 +103,8 @@ def _hull(options: Sequence[Option]) -> list[int]:
     for index, option in enumerate(options):
         if hull and option.cost >= options[hull[-1]].cost:
             continue
+        while hull and option.size <= options[hull[-1]].size:
+            hull.pop()
         while len(hull) > 1 and _gain(options[hull[-2]], options[hull[-1]]) <= _gain(options[hull[-1]], option):
             hull.pop()
         hull.append(index)
