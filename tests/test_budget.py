@@ -1,4 +1,4 @@
-"""--bits and --max-kld on tiny models. Oracles: the files on disk, the schemes in the report, KL measured one by one."""
+"""--bits and --max-kld on tiny models. Oracles: the files on disk, schemes in the report, KL measured one by one."""
 
 import copy
 import json
@@ -13,11 +13,11 @@ from saved import save_tiny, write_text
 
 import lowbit
 from lowbit import Calibration, Conditions, Evaluation, Gates, Recipe, Report, Rule
+from lowbit.costs import Probe, costs, fused_groups, weight_errors
 from lowbit.io.tensorfile import TensorFile
 from lowbit.numerics.metrics import kl_divergence
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
-from lowbit.sensitivity import Probe, costs, fused_groups, weight_errors
 
 FUSED = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
 LEVEL = QuantScheme.parse("w3a16-g16")

@@ -4,7 +4,7 @@
     max_kld   the fewest bits with which the gate holds on held-out text: where the recipe as asked misses it, bits are
               raised, and layers left as they are while coverage allows, group by group along the trade-off curve
 
-Costs (sensitivity.py) are measured at the level that the budget affords everywhere and at the one below it (for
+Costs (costs.py) are measured at the level that the budget affords everywhere and at the one below it (for
 max_kld: at the scheme asked for); levels above are derived. Each full run then tells how far measured KL lies from the
 expected sum, and the next one aims by that. Everything is decided on calibration text but the question whether the gate
 holds.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowbit.costs import Probe
 from lowbit.errors import InputError
 from lowbit.model.budget import Allocation
 from lowbit.model.quantize import Progress
@@ -26,7 +27,6 @@ from lowbit.model.select import Selection
 from lowbit.numerics.formats import INT_BITS, int_format
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.report import BudgetRecord, Report, TradeOff
-from lowbit.sensitivity import Probe
 from lowbit.tradeoff import Table, average_bits, check_reachable, measured_table
 
 MARGIN = 0.9  # a new run aims at this share of the gate: costs do not add up exactly

@@ -45,9 +45,19 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class RungRecord:
+    """What a lower rung of --effort leaves in a layer, errors as in LayerRecord."""
+
+    method: str
+    relative_error: float
+    output_error: float | None
+
+
+@dataclass(frozen=True)
 class LayerRecord:
     """One quantized layer. relative_error = |dW| / |W| (Frobenius); sqnr_db = -20 log10 of it;
-    output_error = |x dW| / |x W| over the calibration tokens (None where no activations were seen)."""
+    output_error = |x dW| / |x W| over the calibration tokens (None where no activations were seen).
+    below: the same layer under the rungs below, lowest first; empty where --effort was not asked for."""
 
     name: str
     scheme: str
@@ -55,6 +65,7 @@ class LayerRecord:
     relative_error: float
     sqnr_db: float
     output_error: float | None
+    below: tuple[RungRecord, ...] = ()
 
 
 @dataclass(frozen=True)

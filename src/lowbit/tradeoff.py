@@ -7,12 +7,12 @@ from fnmatch import fnmatchcase
 import torch
 from transformers import PreTrainedModel
 
+from lowbit.costs import Probe, costs, fused_groups, group_name, weight_errors
 from lowbit.errors import InputError
 from lowbit.model.budget import FLOAT_BITS, Allocation, Group, Option, allocate, curve, stored_bits
 from lowbit.model.select import Rule, Selection
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.report import GroupRecord, TradeOff
-from lowbit.sensitivity import Probe, costs, fused_groups, group_name, weight_errors
 
 CURVE_POINTS = 40  # of the trade-off in a report
 
