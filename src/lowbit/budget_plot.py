@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from lowbit.report import BudgetRecord
-from lowbit.ticks import decades, round_steps
+from lowbit.ticks import decades
 
 FLOOR = 1e-4
 
@@ -54,6 +54,6 @@ def budget_chart(record: BudgetRecord) -> BudgetChart | None:
     return BudgetChart(
         " ".join(f"{spot.x:.2f},{100 - spot.y:.2f}" for spot in spots if not spot.name),
         tuple(spot for spot in spots if spot.name),
-        tuple((100 * (value - left) / width, value) for value in round_steps(right) if left <= value <= right),
+        tuple((100 * (value - left) / width, float(value)) for value in range(math.ceil(left), math.floor(right) + 1)),
         tuple((height(value), value) for value in decades(low, high)),
     )
