@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lowbit.costs import Probe
 from lowbit.errors import InputError
-from lowbit.model.budget import Allocation
+from lowbit.model.allocation import Allocation
 from lowbit.model.quantize import Progress
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import Selection

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lowbit.costs import Probe, costs, fused_groups, group_name, weight_errors
 from lowbit.errors import InputError
-from lowbit.model.budget import FLOAT_BITS, Allocation, Group, Option, allocate, curve, stored_bits
+from lowbit.model.allocation import FLOAT_BITS, Allocation, Group, Option, allocate, curve, stored_bits
 from lowbit.model.select import Rule, Selection
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.report import GroupRecord, TradeOff

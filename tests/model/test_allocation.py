@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from lowbit.model.budget import Group, Option, allocate, curve, stored_bits
+from lowbit.model.allocation import Group, Option, allocate, curve, stored_bits
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
