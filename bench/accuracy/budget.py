@@ -29,6 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--runs", default="w4a16-g64,w4a16-g64@4.25,w4a16-g64@3.25,w3a16-g64")
+    parser.add_argument("--candidates", default="2,3,4,6,8")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -51,7 +52,8 @@ def quantized(options: argparse.Namespace, text: str) -> tuple[Report, float]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         recipe = Recipe(scheme, options.method)
-        report = lowbit.quantize(options.model, Path(folder) / "out", recipe, conditions, bits)
+        candidates = [int(part) for part in options.candidates.split(",")]
+        report = lowbit.quantize(options.model, Path(folder) / "out", recipe, conditions, bits, candidates)
         return report, time.perf_counter() - started
 
 
@@ -64,7 +66,7 @@ def main() -> None:
         fidelity, budget = report.fidelity, report.budget
         assert fidelity is not None
         row = {
-            "run": text, "method": options.method, "bytes": report.bytes_after, "kld": fidelity.kld,
+            "run": text, "method": options.method, "candidates": options.candidates, "bytes": report.bytes_after, "kld": fidelity.kld,
             "kld_stderr": fidelity.kld_stderr, "perplexity": fidelity.perplexity, "top1": fidelity.top1_agreement,
             "seconds": round(seconds, 1), "passed": report.passed, "model": options.model.name, "seed": report.seed,
             "evaluation": fidelity.text_hash, "samples": options.samples, "seq_len": options.seq_len,
