@@ -5,15 +5,19 @@ import random
 from dataclasses import replace
 
 from lowbit.report import (
+    BudgetRecord,
     CalibrationRecord,
     Coverage,
     Fidelity,
     Gate,
+    GroupRecord,
     Histogram,
     LayerRecord,
     Report,
+    RungRecord,
     Skipped,
     TextSample,
+    TradeOff,
 )
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -83,3 +87,29 @@ def recipes() -> list[Report]:
         report(method="rtn", scheme="w8a8", seconds=10.1, calibration=None, bytes_after=163400000, warnings=(),
                layers=layer_records(scheme="w8a8", method="rtn"), fidelity=fidelity(17.02, 0.0302, 0.0006, 0.9224)),
     ]  # fmt: skip
+
+
+def budget() -> BudgetRecord:
+    """A budget of 4.25 bits on the groups of two blocks, with one full run."""
+    groups = tuple(
+        GroupRecord(f"model.layers.{block}.{kind}", 300_000, scheme, bits, (cost, cost / 4))
+        for block in range(2)
+        for kind, scheme, bits, cost in (
+            ("self_attn: q_proj, k_proj, v_proj", "w3a16-g64", 3.25, 0.004),
+            ("self_attn.o_proj", "w4a16-g64", 4.25, 0.01),
+            ("mlp: gate_proj, up_proj", "w4a16-g64", 4.25, 0.02),
+            ("mlp.down_proj", "w6a16-g64", 6.25, 0.03),
+        )
+    )
+    curve = [TradeOff("", 3.25 + step / 10, 0.4 * 0.8**step, None) for step in range(40)]
+    curve += [TradeOff("w3a16-g64", 3.25, 0.4, None), TradeOff("w4a16-g64", 4.25, 0.15, None)]
+    runs = (TradeOff("run 1", 4.25, 0.09, 0.1374),)
+    return BudgetRecord("--bits 4.25", 4.25, 512, 61.0, ("w3a16-g64", "w4a16-g64"), groups, tuple(curve), runs)
+
+
+def with_rungs() -> tuple[LayerRecord, ...]:
+    """Layers of an aligned run, with what rounding leaves in them."""
+    return tuple(
+        replace(layer, method="aligned", below=(RungRecord("rtn", 0.2, 2 * (layer.output_error or 0)),))
+        for layer in layer_records()
+    )

@@ -87,8 +87,11 @@ def test_the_defaults_are_those_of_the_issue(place: Path, tmp_path: Path, monkey
     """Without options: gptq:w4a16-g64, 128 x 512 tokens of seed 0, coverage at least 0.9."""
     seen = {}
 
-    def fake(model: str, out: Path, recipe: Recipe, conditions: Conditions) -> Report:
+    def fake(
+        model: str, out: Path, recipe: Recipe, conditions: Conditions, bits: float | None, candidates: tuple[int, ...]
+    ) -> Report:
         seen.update(model=model, out=out, recipe=recipe, conditions=conditions)
+        assert (bits, candidates) == (None, (2, 3, 4, 6, 8))
         raise lowbit.InputError("far enough")
 
     monkeypatch.setattr("lowbit.cli.quantize.quantize", fake)
@@ -148,7 +151,9 @@ def test_a_gate_that_fails_exits_3_and_the_checkpoint_is_kept_and_marked(
     )  # fmt: skip
     assert ended.code == 3
     limit = f"{float(value.removesuffix('%')):.4g}"
-    found = re.fullmatch(rf"limit not held: rtn:w4a16-g16 has {named} (\S+), and {limit} was asked for", ended.message)
+    mixed, nearest = (r" at \S+ bits", r": the nearest is KL .*") if named == "max-kld" else ("", "")
+    words = rf"limit not held: rtn:w4a16-g16{mixed} has {named} (\S+), and {limit} was asked for{nearest}"
+    found = re.fullmatch(words, ended.message)
     assert found, ended.message
     report = Report.from_json((out / "report.json").read_text())
     assert [gate.name for gate in report.gates if not gate.passed] == [named]

@@ -74,6 +74,37 @@ def test_learning_reports_what_it_gained_and_which_float_parameters_it_changed()
     assert outcome.log.rewritten == {name for name, _ in model.named_parameters() if "norm" in name}
 
 
+@pytest.mark.parametrize(("level", "methods"), [(1, ["rtn"]), (2, ["rtn", "rtn-weighted"]),
+                                                (3, ["rtn", "rtn-weighted", "aligned"])])  # fmt: skip
+def test_the_report_tells_per_layer_what_the_rungs_below_leave(
+    level: int, methods: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    klds = iter((0.1, 0.2))
+    monkeypatch.setattr(effort, "_distance", lambda *_: next(klds))  # so that the rung is kept
+    model = _original()
+    recipe = Recipe.at_effort(SCHEME, level)
+    outcome = effort.run(model, _job(model, recipe), IDS)
+    for record in outcome.log.records:
+        assert [rung.method for rung in record.below] == methods
+        assert all(rung.output_error is not None and rung.output_error > 0 for rung in record.below)
+    plain = _original()
+    rtn = effort.run(plain, _job(plain, Recipe(SCHEME, "rtn")), None)
+    rounded = {record.name: record.relative_error for record in rtn.log.records}
+    for record in outcome.log.records:
+        assert record.below[0].relative_error == pytest.approx(rounded[record.name], rel=1e-4)
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_a_rung_gives_the_same_bits_twice(level: int) -> None:
+    found = []
+    for _ in range(2):
+        model = _original()
+        outcome = effort.run(model, _job(model, Recipe.at_effort(SCHEME, level)), IDS)
+        found.append((outcome.log.records, outcome.log.notes, model.state_dict()))
+    assert found[0][:2] == found[1][:2]
+    assert all(torch.equal(value, found[1][2][name]) for name, value in found[0][2].items())
+
+
 def test_rungs_without_data_or_with_few_windows_run_alone() -> None:
     model = _original()
     assert effort.run(model, _job(model, Recipe.at_effort(SCHEME, 0)), None).recipe.method == "rtn"

@@ -14,7 +14,7 @@ NAMES = {
         *("Calibration", "Conditions", "Evaluation", "Finetuning", "Gates", "LowbitConfig", "QuantScheme"),
         *("Recipe", "Rule", "Tasks"),
     ],
-    "what they give": ["Finetuned", "QuantLinear", "Report", "Scores"],
+    "what they give": ["Finetuned", "QuantLinear", "QuantizedCache", "Report", "Scores"],
     "rooms": ["optim", "qat"],
     "errors": ["CheckpointError", "GateError", "InputError", "LowbitError", "SchemeError", "TrainingError"],
 }

@@ -1,6 +1,7 @@
 """lowbit: make a Hugging Face language model small and fast, prove what that cost, and write files that others load."""
 
 from lowbit import qat
+from lowbit.cache.quantized import QuantizedCache
 from lowbit.errors import CheckpointError, GateError, InputError, LowbitError, SchemeError, TrainingError
 from lowbit.finetuning import Finetuned, Finetuning, finetune
 from lowbit.io.convert import convert
@@ -31,6 +32,7 @@ __all__ = [
     "LowbitError",
     "QuantLinear",
     "QuantScheme",
+    "QuantizedCache",
     "Recipe",
     "Report",
     "Rule",

@@ -17,6 +17,7 @@ from lowbit.model.layers import LayerLog
 from lowbit.model.learn import Learning, learn
 from lowbit.model.quantize import Job, batched, quantize_blocks
 from lowbit.model.recipe import Recipe
+from lowbit.model.rungs import with_lower_run
 from lowbit.observe.tokens import Tokens
 
 SHARE, MOST = 8, 8  # one calibration window in 8 is kept apart, at most 8
@@ -54,6 +55,7 @@ def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
         lower_log.warnings.append(f"{words}: effort {lower.effort} was kept")
         return Outcome(lower, lower_log)
     log.notes.append(words)
+    log.records = with_lower_run(log.records, lower_log.records)
     return Outcome(job.recipe, log)
 
 

@@ -18,8 +18,10 @@ from itertools import groupby, takewhile
 from jinja2 import Environment, StrictUndefined
 
 from lowbit import wording
+from lowbit.budget_plot import budget_chart
 from lowbit.errors import InputError
 from lowbit.report import Histogram, LayerRecord, Report, TextSample
+from lowbit.ticks import decades, round_steps
 
 LABEL_GAP = 6.5  # a line of text, in per cent of the height of the scatter chart
 OUTSIDE = "other"  # the column of layers that stand in no block
@@ -115,6 +117,7 @@ def render_comparison(title: str, reports: Sequence[Report]) -> str:
 def _render(title: str, verdict: str, reports: Sequence[Report], comparing: bool) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"words": wording, "heat_map": heat_map, "bar_path": bar_path, "worst": worst}
+    environment.globals |= {"budget_chart": budget_chart}
     template = environment.from_string(files("lowbit").joinpath("report.html").read_text(encoding="utf-8"))
     best = wording.best_for_size(reports)
     return template.render(
@@ -218,24 +221,11 @@ def scatter(reports: Sequence[Report]) -> Scatter | None:
         label_y = max(min(y, label_y - LABEL_GAP), 0.0)
         error = (height(fidelity.kld - fidelity.kld_stderr), height(fidelity.kld + fidelity.kld_stderr))
         points.append(Point(report, 100 * report.bytes_after / widest, y, error, label_y, report in best))
-    y_values = _decades(low, high) if logarithmic else _round_steps(high)
+    y_values = decades(low, high) if logarithmic else round_steps(high)
     return Scatter(
         tuple(points),
-        tuple((100 * size / widest, size) for size in _round_steps(widest)),
+        tuple((100 * size / widest, size) for size in round_steps(widest)),
         tuple((height(value), value) for value in y_values),
         100 * measured[0].bytes_before / widest,
         logarithmic,
     )
-
-
-def _round_steps(high: float) -> list[float]:
-    """0, step, 2 step, ... up to high, about five of them, step = 1, 2 or 5 times a power of ten."""
-    power = 10 ** math.floor(math.log10(high / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= high / 5)
-    return [count * step for count in range(math.floor(high / step) + 1)]
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten within [low, high]."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [value for power in powers for factor in (1, 2, 5) if low <= (value := factor * 10.0**power) <= high]

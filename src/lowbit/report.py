@@ -45,9 +45,19 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class RungRecord:
+    """What a lower rung of --effort leaves in a layer, errors as in LayerRecord."""
+
+    method: str
+    relative_error: float
+    output_error: float | None
+
+
+@dataclass(frozen=True)
 class LayerRecord:
     """One quantized layer. relative_error = |dW| / |W| (Frobenius); sqnr_db = -20 log10 of it;
-    output_error = |x dW| / |x W| over the calibration tokens (None where no activations were seen)."""
+    output_error = |x dW| / |x W| over the calibration tokens (None where no activations were seen).
+    below: the same layer under the rungs below, lowest first; empty where --effort was not asked for."""
 
     name: str
     scheme: str
@@ -55,6 +65,7 @@ class LayerRecord:
     relative_error: float
     sqnr_db: float
     output_error: float | None
+    below: tuple[RungRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,43 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class TradeOff:
+    """A point of size against loss: stored bits a weight, the expected KL, and the measured one after a full run."""
+
+    name: str
+    bits: float
+    expected: float
+    measured: float | None
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """Layers that share a scheme. alone: KL of the model with this group alone rounded, at each probed level."""
+
+    name: str
+    weights: int
+    scheme: str
+    bits: float
+    alone: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BudgetRecord:
+    """How bits were spread. bits: what a weight takes on disk; curve: expected KL, levels everywhere with their names;
+    runs: what was quantized in full; nearest: where a gate is missed, what would hold."""
+
+    asked: str
+    bits: float
+    tokens: int
+    seconds: float
+    probes: tuple[str, ...]
+    groups: tuple[GroupRecord, ...]
+    curve: tuple[TradeOff, ...]
+    runs: tuple[TradeOff, ...]
+    nearest: str = ""
+
+
+@dataclass(frozen=True)
 class TextSample:
     """Greedy continuations of one prompt by the original and by the quantized model."""
 
@@ -123,6 +171,7 @@ class Report:
     notes: tuple[str, ...] = ()
     histograms: tuple[Histogram, ...] = ()
     sample: TextSample | None = None
+    budget: BudgetRecord | None = None
 
     @property
     def recipe(self) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from lowbit import memory, wording
 from lowbit.inspection import Contents
 from lowbit.options import Scores
-from lowbit.report import Report
+from lowbit.report import BudgetRecord, Report
 
 
 class Bar:
@@ -56,8 +56,22 @@ def report_text(report: Report) -> RenderableType:
         items = [item for item in report.coverage.skipped if item.reason == reason]
         skipped.add_row(reason, str(len(items)), f"{sum(item.parameters for item in items):,}")
     parts: list[RenderableType] = [wording.verdict(report), comparison_table([report]), worst, skipped]
+    if report.budget is not None:
+        parts.append(budget_table(report.budget))
     parts += [*report.notes, *(f"warning: {warning}" for warning in report.warnings)]
     return Group(*parts)
+
+
+def budget_table(budget: BudgetRecord) -> Table:
+    """The trade-off: full runs with their measured KL, one scheme everywhere, and points of the curve between."""
+    table = Table("point", "bits a weight", "expected KL", "measured KL", title=f"Trade-off for {budget.asked}")
+    between = [point for point in budget.curve if not point.name]
+    thin = between[:: max(len(between) // 8, 1)]
+    for point in (*budget.runs, *(point for point in budget.curve if point.name), *thin):
+        measured = "" if point.measured is None else wording.kld_text(point.measured)
+        expected = wording.kld_text(point.expected) if point.measured is None else ""
+        table.add_row(point.name or "mixed", f"{point.bits:.3f}", expected, measured)
+    return table
 
 
 def _covered(report: Report) -> str:

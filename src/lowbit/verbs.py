@@ -17,17 +17,18 @@ import torch
 from transformers import PreTrainedModel
 
 from lowbit import judge, memory
+from lowbit.budget import Budget, Ground, Search
 from lowbit.effort import run
 from lowbit.errors import InputError
 from lowbit.io.checkpoint import write_checkpoint
-from lowbit.io.folder import atomic_folder, check_destination
+from lowbit.io.folder import atomic_folder, check_destination, empty
 from lowbit.io.load import load_source
 from lowbit.io.names import disk_layout
 from lowbit.io.source import Source, load_float, load_tokenizer, model_config, open_source
 from lowbit.model.layers import LayerLog
 from lowbit.model.quantize import Job, Progress, needs_data
 from lowbit.model.recipe import Recipe
-from lowbit.model.select import coverage, select
+from lowbit.model.select import Selection, coverage, select
 from lowbit.observe.capture import find_blocks
 from lowbit.observe.tokens import Tokens, load_tokens, overlap, packaged_text, text_windows
 from lowbit.options import Calibration, Evaluation, Gates, Scores
@@ -68,21 +69,41 @@ class _Original:
 
 
 def quantize(
-    model: str | Path, out: str | Path, recipe: Recipe = Recipe(), conditions: Conditions = Conditions()
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe = Recipe(),
+    conditions: Conditions = Conditions(),
+    bits: float | None = None,
+    candidates: Sequence[int] = Budget().candidates,
 ) -> Report:
     """Quantize `model`, write the checkpoint folder `out`, and report what it cost.
 
-    model: a hub id, a folder or a .gguf file. The folder holds the checkpoint, report.json and report.html, and appears
-    whole or not at all; a result that misses a gate is written too, and its report says so (`report.passed`). Raises
-    InputError, or one of its kinds, for what cannot work.
+    model: a hub id, a folder or a .gguf file. bits: instead of one scheme everywhere, the best spread of the candidate
+    widths within so many stored bits a weight (budget.py). Where the result misses the gate on KL, bits are raised
+    likewise until it holds. The folder holds the checkpoint, report.json and report.html, and appears whole or not at
+    all; a result that misses a gate is written too, and its report says so (`report.passed`). Raises InputError, or one
+    of its kinds, for what cannot work.
     """
-    out = Path(out)
+    out, gates = Path(out), conditions.gates
+    search = Search(Budget(bits, tuple(candidates)), recipe, gates.max_kld, gates.min_coverage)
     with open_source(model) as source:
         check_destination(out, conditions.overwrite, source.bytes, source.folder)
-        float_model = _load(source, conditions)
-        original = _measured(source, float_model, [recipe], conditions)
+        float_model: PreTrainedModel | None = _load(source, conditions)
+        assert float_model is not None
+        original = _measured(source, float_model, [recipe], conditions, search.begins)
+        if search.begins:
+            recipe = search.first(_ground(float_model, recipe, original, conditions))
         with atomic_folder(out, conditions.overwrite) as folder:
-            return _quantized(float_model, recipe, original, conditions, folder)
+            report = _quantized(float_model, recipe, original, conditions, folder)
+            while search.wants_more(report):
+                float_model = None  # its layers are quantized; the next run begins with the files again
+                float_model = _load(source, conditions)
+                empty(folder)
+                recipe = search.next(report, partial(_ground, float_model, recipe, original, conditions))
+                report = _quantized(float_model, recipe, original, conditions, folder)
+            report = search.finished(report)
+            _save(report, folder)
+    return report
 
 
 def compare(
@@ -199,24 +220,24 @@ def _evaluation_tokens(evaluation: Evaluation, tokenizer: Any) -> Tokens:
     return text_windows(text, tokenizer, evaluation.windows, evaluation.seq_len, 0, source)
 
 
-def _measured(source: Source, model: PreTrainedModel, recipes: Sequence[Recipe], conditions: Conditions) -> _Original:
+def _measured(
+    source: Source,
+    model: PreTrainedModel,
+    recipes: Sequence[Recipe],
+    conditions: Conditions,
+    needs_tokens: bool = False,
+) -> _Original:
     """Everything that is needed of the original, taken before its weights are replaced."""
     calibration, evaluation = conditions.calibration, conditions.evaluation
     conditions.gates.check_possible(evaluation)
     device, tokenizer, tokens = _device(conditions.device), load_tokenizer(source), None
     selections = [_selection(model, recipe) for recipe in recipes]
-    if any(needs_data(recipe, selection) for recipe, selection in zip(recipes, selections, strict=True)):
-        tokens = load_tokens(
-            calibration.source, tokenizer, calibration.samples, calibration.seq_len, calibration.seed
-        )  # fmt: skip
+    if needs_tokens or any(needs_data(*pair) for pair in zip(recipes, selections, strict=True)):
+        tokens = _calibration_tokens(calibration, tokenizer)
     if evaluation is None:
         return _Original(source, tokenizer, tokens, None, "", device)
     held_out = _evaluation_tokens(evaluation, tokenizer)
-    if tokens is not None and (tokens.source == held_out.source or overlap(tokens, held_out) > MOST_SHARED):
-        raise InputError(
-            f"{held_out.source} can't be both calibration and evaluation text: the result would flatter itself; "
-            "give another text for one of them"
-        )
+    _check_apart(tokens, held_out)
     conditions.progress("measuring the original", 0, 1)
     _to(model, device)
     reference = judge.Reference.of(model, held_out)
@@ -226,7 +247,31 @@ def _measured(source: Source, model: PreTrainedModel, recipes: Sequence[Recipe],
     return _Original(source, tokenizer, tokens, reference, text, device)
 
 
-def _selection(model: PreTrainedModel, recipe: Recipe) -> Any:
+def _calibration_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
+    return load_tokens(calibration.source, tokenizer, calibration.samples, calibration.seq_len, calibration.seed)
+
+
+def _check_apart(tokens: Tokens | None, held_out: Tokens) -> None:
+    """Raise InputError where one text is to serve for calibration and for judging."""
+    if tokens is not None and (tokens.source == held_out.source or overlap(tokens, held_out) > MOST_SHARED):
+        raise InputError(
+            f"{held_out.source} can't be both calibration and evaluation text: the result would flatter itself; "
+            "give another text for one of them"
+        )
+
+
+def _ground(model: PreTrainedModel, recipe: Recipe, original: _Original, conditions: Conditions) -> Ground:
+    """What sensitivities are measured on; the model is on its device from here on."""
+    tokens = original.tokens
+    if tokens is None:
+        tokens = _calibration_tokens(conditions.calibration, original.tokenizer)
+        if original.reference is not None:
+            _check_apart(tokens, original.reference.tokens)
+    selection, dtype = _selection(model, recipe), _stored_dtype(original.source)
+    return Ground(_to(model, original.device), selection, tokens.ids, dtype, conditions.progress)
+
+
+def _selection(model: PreTrainedModel, recipe: Recipe) -> Selection:
     splittable = {piece.parameter for piece in disk_layout(model).values() if piece.expert is not None}
     return select(model, find_blocks(model)[0], recipe.scheme, recipe.rules, splittable)
 
@@ -236,7 +281,7 @@ def _quantized(
 ) -> Report:
     """Quantize `model` in place, judge it, and fill `folder` with checkpoint and report."""
     started, source, dtype = time.perf_counter(), original.source, _stored_dtype(original.source)
-    layout, selection = disk_layout(model), _selection(model, recipe)
+    layout, selection = disk_layout(_to(model, torch.device("cpu"))), _selection(model, recipe)
     covered = coverage(model, selection)
     ids = original.tokens.ids if original.tokens is not None else None
     outcome = run(model, Job(recipe, selection, [], dtype, original.device, conditions.progress), ids)
@@ -248,9 +293,13 @@ def _quantized(
     report = _report(recipe, original, conditions, covered, log)
     report = replace(report, bytes_after=replace(source, folder=folder).bytes, seconds=seconds, peak_memory_bytes=peak)
     report = _judged(report, model, original, conditions)
+    _save(report, folder)
+    return report
+
+
+def _save(report: Report, folder: Path) -> None:
     report.save(folder / "report.json")
     (folder / "report.html").write_text(render_report(report), encoding="utf-8")
-    return report
 
 
 def _judged(report: Report, model: PreTrainedModel, original: _Original, conditions: Conditions) -> Report:

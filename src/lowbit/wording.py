@@ -6,11 +6,12 @@ two plain sentences; where a limit that was asked for fails, it begins with that
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 
 from lowbit.errors import SchemeError
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.report import Fidelity, Gate, Report
+from lowbit.report import Fidelity, Gate, LayerRecord, Report
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
@@ -91,6 +92,36 @@ def limit_text(gate: Gate) -> str:
     """What was found and what was asked for; the direction is in the gate's name ("min-coverage", "max-kld")."""
     bound = "at least" if gate.name.lower().startswith("min") else "at most"
     return f"{gate.value:.4g} found, {bound} {gate.limit:.4g} asked for"
+
+
+@dataclass(frozen=True)
+class RungGains:
+    """Output errors by method, lowest rung first and the kept one last: (kind, errors) and (layer, errors)."""
+
+    methods: tuple[str, ...]
+    kinds: tuple[tuple[str, tuple[float | None, ...]], ...]
+    layers: tuple[tuple[str, tuple[float | None, ...]], ...]
+
+
+def rung_gains(layers: Sequence[LayerRecord]) -> RungGains:
+    """What the rungs of --effort left in each layer and, as a root mean square, in each kind of layer."""
+    methods = list(dict.fromkeys(rung.method for layer in layers for rung in layer.below))
+    methods += [method for method in dict.fromkeys(layer.method for layer in layers) if method not in methods]
+    rows = []
+    for layer in layers:
+        errors = {rung.method: rung.output_error for rung in layer.below} | {layer.method: layer.output_error}
+        rows.append((layer.name, tuple(errors.get(method) for method in methods)))
+    kinds: dict[str, list[tuple[float | None, ...]]] = {}
+    for name, found in rows:
+        kinds.setdefault(name.rpartition(".")[2], []).append(found)
+    means = tuple((kind, tuple(_root_mean_square(column) for column in zip(*found, strict=True)))
+                  for kind, found in kinds.items())  # fmt: skip
+    return RungGains(tuple(methods), means, tuple(rows))
+
+
+def _root_mean_square(values: Sequence[float | None]) -> float | None:
+    known = [value**2 for value in values if value is not None]
+    return math.sqrt(sum(known) / len(known)) if known else None
 
 
 def verdict(report: Report) -> str:

@@ -19,7 +19,15 @@ SeqLen = Annotated[int, typer.Option(help="Tokens per calibration window.")]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 MinCoverage = Annotated[float, typer.Option(help="Least share of the blocks' weights that must be quantized.")]
+Bits = Annotated[
+    float | None, typer.Option(help="Not one scheme everywhere: the best mix in so many stored bits a weight.")
+]
+Candidates = Annotated[str, typer.Option(help="Widths that --bits and --max-kld may mix.")]
 MaxKld = Annotated[float | None, typer.Option(help="Largest mean KL to the original, in nats a token.")]
+HeldKld = Annotated[
+    float | None,
+    typer.Option("--max-kld", help="Largest mean KL to the original, in nats a token: bits are raised to hold it."),
+]
 MaxPpl = Annotated[str | None, typer.Option(metavar="P%", help="Largest rise of perplexity, such as 2%.")]
 EvalText = Annotated[Path | None, typer.Option(help="Held-out text to judge on; default: packaged.")]
 EvalWindows = Annotated[int, typer.Option(help="Windows of 1024 tokens to judge on.")]
@@ -35,6 +43,14 @@ def percent(text: str | None) -> float | None:
         return float(text.removesuffix("%"))
     except ValueError:
         raise InputError(f"--max-ppl-increase {text!r} is not a percentage such as 2%") from None
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """The candidates that "2,3,4" writes. Raises InputError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"--candidates {text!r} is not a list of bits such as 3,4,6")
+    return tuple(int(part) for part in parts)
 
 
 def check_files(*wanted: Path | None) -> None:
@@ -62,6 +78,7 @@ def write_file(path: Path, content: bytes) -> None:
 def raise_failed(reports: list[Report]) -> None:
     failed = [
         f"{report.recipe} has {gate.name} {gate.value:.4g}, and {gate.limit:.4g} was asked for"
+        + (f": {report.budget.nearest}" if report.budget and gate.name == "max-kld" else "")
         for report in reports
         for gate in report.gates
         if not gate.passed

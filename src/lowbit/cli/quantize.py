@@ -6,10 +6,13 @@ import typer
 
 from lowbit.cli.app import STDERR, STDOUT, app
 from lowbit.cli.options import (
+    Bits,
     CalibrationText,
+    Candidates,
     Device,
     EvalText,
     EvalWindows,
+    HeldKld,
     Html,
     Json,
     MaxKld,
@@ -25,6 +28,7 @@ from lowbit.cli.options import (
     copy_to,
     percent,
     raise_failed,
+    widths,
 )
 from lowbit.errors import InputError
 from lowbit.model.recipe import EFFORTS, METHODS, Recipe, default_method
@@ -56,8 +60,10 @@ def quantize_command(
     ignore: Annotated[list[str], typer.Option(metavar="GLOB", help="Leave matching layers as they are.")] = [],  # noqa: B006
     rule: Annotated[list[str], typer.Option(metavar="GLOB=SCHEME", help="Another scheme for matching layers.")] = [],  # noqa: B006
     observer: Annotated[str, typer.Option(help=f"For static activations: {', '.join(OBSERVERS)}.")] = "mse",
+    bits: Bits = None,
+    candidates: Candidates = "2,3,4,6,8",
     min_coverage: MinCoverage = 0.9,
-    max_kld: MaxKld = None,
+    max_kld: HeldKld = None,
     max_ppl_increase: MaxPpl = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Measure nothing.")] = False,
     eval_text: EvalText = None,
@@ -85,7 +91,7 @@ def quantize_command(
             overwrite,
             bar.show,
         )
-        result = quantize(model, out, recipe, conditions)
+        result = quantize(model, out, recipe, conditions, bits, widths(candidates))
     STDOUT.print(report_text(result))
     copy_to(out / "report.json", json)
     copy_to(out / "report.html", report)

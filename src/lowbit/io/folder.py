@@ -85,6 +85,15 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def empty(folder: Path) -> None:
+    """Remove everything inside `folder`."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _is_full(error: OSError | SafetensorError) -> bool:
     """Whether the disk is full; safetensors gives no errno, only the system's words for it."""
     if isinstance(error, OSError):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
 from lowbit.model.recipe import ALIGNED_METHODS, MOMENT_METHODS, Recipe
+from lowbit.model.rungs import errors_below
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics import metrics
@@ -124,6 +126,17 @@ class LayerLog:
             shown.append(Histogram(name, sample.of, sample.low, sample.high, sample.counts))
         self.seen[name] = tuple(shown)
 
+    def compare(self, w: Tensor, scheme: QuantScheme, moment: Tensor, sizes: Sequence[int]) -> None:
+        """Add what lower rungs leave to the latest records, whose layers are w [N, K] cut into rows of these sizes."""
+        ends = list(accumulate(sizes))
+        rows = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        below = errors_below(w, scheme, moment, self.scale_dtype, self.recipe.effort or 0, rows)
+        latest = self.records[-len(sizes) :]
+        self.records[-len(sizes) :] = [
+            replace(record, below=rungs) if record.method != "rtn" else record
+            for record, rungs in zip(latest, below, strict=True)
+        ]
+
     @property
     def histograms(self) -> tuple[Histogram, ...]:
         """Those of the worst layers: by output error where it is known, else by relative error."""
@@ -172,6 +185,8 @@ def solve_linears(
         log.note(full_name, scheme, method, w[rows], solution.dequantized[rows], observed, moment)
         packed = _packed(solution, rows, scheme)
         _put(module, name, QuantLinear.from_packed(packed, linear.bias, input_scale, input_zero))
+    if log.recipe.effort and moment is not None:
+        log.compare(w, scheme, moment, [linear.out_features for linear in linears])
 
 
 def solve_experts(

@@ -1,0 +1,1 @@
+"""Keys and values in few bits: a cache for transformers' `generate`."""
