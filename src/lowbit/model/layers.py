@@ -14,12 +14,15 @@ from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
+from lowbit.kernels.hadamard import rotate
 from lowbit.model.recipe import ALIGNED_METHODS, MOMENT_METHODS, Recipe
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
+from lowbit.nn.rotated import rotation_of
 from lowbit.numerics import metrics
 from lowbit.numerics.affine import choose_scale
 from lowbit.numerics.dynamic import round_activations
+from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme, TensorScheme
 from lowbit.observe.moments import CrossMoment, SecondMoment, finite_range
 from lowbit.observe.ranges import Observer, make_observer
@@ -49,9 +52,13 @@ class Statistics:
     """
 
     def __init__(
-        self, moment: SecondMoment | None, observer: Observer | None, rounding: TensorScheme | None = None
+        self,
+        moment: SecondMoment | None,
+        observer: Observer | None,
+        rounding: TensorScheme | None = None,
+        rotation: Hadamard | None = None,
     ) -> None:
-        self.moment, self.observer, self.rounding = moment, observer, rounding
+        self.moment, self.observer, self.rounding, self.rotation = moment, observer, rounding, rotation
         self.shift: CrossMoment | None = None
         self.residual: CrossMoment | None = None
         self.held_out: Statistics | None = None
@@ -62,8 +69,13 @@ class Statistics:
         assert self.shift is not None
         return Moments(moment, self.shift.value, None if self.residual is None else self.residual.value)
 
+    def turned(self, x: Tensor) -> Tensor:
+        """x [..., K] as the layer rotates it; x itself where it does not."""
+        return x if self.rotation is None else rotate(x, self.rotation)
+
     def as_read(self, x: Tensor) -> Tensor:
-        """x [..., K] as the quantized layer will multiply it."""
+        """x [..., K] as the quantized layer will multiply it: rotated, and in few bits rounded."""
+        x = self.turned(x)
         if self.rounding is None:
             return x
         finite_range(x)
@@ -75,7 +87,7 @@ class Statistics:
         if self.moment is not None:
             self.moment.update(self.as_read(x) if read is None else read)
         if self.observer is not None:
-            self.observer.update(x)
+            self.observer.update(self.turned(x))
         if self.sample is None:
             finite_range(x)  # infinity can't be counted
             self.sample = histogram(x, "", "activation")
@@ -94,14 +106,19 @@ class LayerLog:
     seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
     observed: bool = False
 
-    def statistics(self, in_features: int, scheme: QuantScheme, device: torch.device) -> Statistics:
-        """Empty statistics of an input of `in_features` channels, as far as this recipe needs them."""
+    def statistics(
+        self, in_features: int, scheme: QuantScheme, device: torch.device, rotation: Hadamard | None = None
+    ) -> Statistics:
+        """Empty statistics of an input of `in_features` channels, as far as this recipe needs them.
+
+        rotation: what the layer does to its input first.
+        """
         self.observed = True
         static = scheme.activations is not None and not scheme.activations.dynamic
         observer = make_observer(self.recipe.observer, scheme.activations) if static and scheme.activations else None
         moment = SecondMoment(in_features, device) if self.recipe.method in MOMENT_METHODS else None
         few = scheme.activations is not None and scheme.activations.dynamic and scheme.activations.bits < 8
-        return Statistics(moment, observer, scheme.activations if few else None)
+        return Statistics(moment, observer, scheme.activations if few else None, rotation)
 
     def solve(self, w: Tensor, scheme: QuantScheme, moment: Tensor | None, name: str) -> tuple[Solution, str]:
         """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning."""
@@ -173,7 +190,7 @@ def solve_linears(
         for name, full_name, linear in zip(names, full_names, linears, strict=True):
             packed = PackedWeight.from_float(linear.weight, scheme, log.scale_dtype)
             log.note(full_name, scheme, "rtn", linear.weight.float(), packed.dequantize(), None, None)
-            _put(module, name, QuantLinear.from_packed(packed, linear.bias))
+            _put(module, name, QuantLinear.from_packed(packed, linear.bias, rotation=rotation_of(linear)))
         return
     moment = _moment(observed, full_names[0])
     w = torch.cat([linear.weight for linear in linears]).float()  # [sum of N, K]
@@ -185,7 +202,8 @@ def solve_linears(
         rows = slice(start, start := start + linear.out_features)
         log.note(full_name, scheme, method, w[rows], solution.dequantized[rows], observed, moment)
         packed = _packed(solution, rows, scheme)
-        _put(module, name, QuantLinear.from_packed(packed, linear.bias, input_scale, input_zero))
+        rotation = rotation_of(linear)
+        _put(module, name, QuantLinear.from_packed(packed, linear.bias, input_scale, input_zero, rotation))
 
 
 def solve_experts(

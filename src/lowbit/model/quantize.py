@@ -23,6 +23,7 @@ from lowbit.model.fold import smooth_block
 from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
 from lowbit.model.recipe import MOMENT_METHODS, SMOOTHING_METHODS, Recipe
 from lowbit.model.select import Selection
+from lowbit.nn.rotated import rotation_of
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
 from lowbit.observe.capture import StopForward, find_blocks
@@ -187,7 +188,7 @@ def _observe_twin(
             read = observed.as_read(noisy.x)
             observed.update(noisy.x, read)
             if observed.shift is not None:
-                observed.shift.update(clean.x - read, read)
+                observed.shift.update(observed.turned(clean.x) - read, read)
             if observed.residual is not None and clean.residual is not None and noisy.residual is not None:
                 observed.residual.update(clean.residual - noisy.residual, read)
         except InputError as error:
@@ -200,7 +201,7 @@ def _observe_twin(
 
 def _twin_statistics(linear: nn.Linear, scheme: QuantScheme, writes_residual: bool, log: LayerLog) -> Statistics:
     device = linear.weight.device
-    observed = log.statistics(linear.in_features, scheme, device)
+    observed = log.statistics(linear.in_features, scheme, device, rotation_of(linear))
     observed.shift = CrossMoment(linear.in_features, linear.in_features, device)
     if writes_residual:
         observed.residual = CrossMoment(linear.out_features, linear.in_features, device)
@@ -230,7 +231,8 @@ def _observe_linears(
     with ExitStack() as hooks:
         for group in stage:
             linear = block.module.get_submodule(group[0])
-            statistics[group[0]] = log.statistics(linear.in_features, schemes[group[0]], device)  # type: ignore[arg-type]
+            width, scheme = cast("nn.Linear", linear).in_features, schemes[group[0]]
+            statistics[group[0]] = log.statistics(width, scheme, device, rotation_of(linear))
             kept = group if len(stage) == 1 else []  # in a longer stage later inputs are not final
             hook = _watch(statistics[group[0]], f"{block.name}.{group[0]}", kept, replays, group is stage[-1])
             hooks.callback(linear.register_forward_pre_hook(hook).remove)
