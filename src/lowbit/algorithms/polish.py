@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit.algorithms.blocks import divisor_of, is_blocks
 from lowbit.algorithms.columns import PANEL, Columns
 from lowbit.numerics import microscale
-from lowbit.numerics.affine import decode, group_view, per_column
+from lowbit.numerics.affine import decode, group_view, per_column, where_codes
 from lowbit.numerics.scheme import TensorScheme
 
 CHUNK = 1 << 26  # numbers in the largest intermediate of a refit
@@ -50,7 +50,7 @@ def polish(
         whole = scheme.granularity == "tensor"  # one scale: the rows stand or fall together
         better = (error.sum() < best.sum()).expand_as(error) if whole else error < best
         best = torch.where(better, error, best)
-        q = torch.where(better[:, None], new_q, q)
+        q = where_codes(better[:, None], new_q, q)
         scale = torch.where(better[0] if scale.dim() == 1 else better[:, None], new_scale, scale)
     return q, scale
 

@@ -103,6 +103,7 @@ class LayerLog:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rewritten: set[str] = field(default_factory=set)  # float parameters that were changed
+    untied: bool = False  # the head has a weight of its own now
     seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
     observed: bool = False
 

@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowbit.errors import InputError
 from lowbit.kernels.reference import keeping_decoded
@@ -22,6 +23,7 @@ from lowbit.model.aligned import Seen, Twin, residual_sources, twins
 from lowbit.model.fold import smooth_block
 from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
 from lowbit.model.recipe import MOMENT_METHODS, SMOOTHING_METHODS, Recipe
+from lowbit.model.rotate import Rotation, rotate_model
 from lowbit.model.select import Selection
 from lowbit.nn.rotated import rotation_of
 from lowbit.numerics.scheme import QuantScheme
@@ -65,6 +67,8 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     Raises InputError where a weight or an activation is not finite.
     """
     log = LayerLog(job.recipe, job.scale_dtype)
+    if job.recipe.rotation is not None:
+        _rotate(model, job, job.recipe.rotation, log)
     blocks_name, blocks = find_blocks(model)
     depth = 1 + max(index for index in range(len(blocks)) if index == 0 or _inside(job, f"{blocks_name}.{index}"))
     outside = [name for name in job.selection.schemes if not name.startswith(f"{blocks_name}.")]
@@ -94,6 +98,17 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     for name in outside:
         solve_linears(model, "", [name], job.selection.schemes[name], None, log)
     return log
+
+
+def _rotate(model: nn.Module, job: Job, options: Rotation, log: LayerLog) -> None:
+    ids = job.batches[0] if job.batches else None
+    rotated = rotate_model(cast("PreTrainedModel", model), options, list(job.selection.schemes), ids)
+    log.rewritten |= rotated.rewritten
+    log.untied = rotated.untied
+    words = (
+        f"rotated {'the residual stream, ' * options.residual}the values of {rotated.heads} blocks and the inputs of "
+    )
+    log.notes.append(f"{words}{len(rotated.online)} layers at run time")
 
 
 def _stream(model: nn.Module, job: Job) -> BlockStream:

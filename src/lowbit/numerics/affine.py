@@ -122,6 +122,11 @@ def round_to(scaled: Tensor, number_format: NumberFormat) -> Tensor:
     return clamped.round().to(torch.int8)
 
 
+def where_codes(condition: Tensor, q: Tensor, other: Tensor) -> Tensor:
+    """torch.where for codes of one dtype; float8 goes as its bytes, for which torch has no such kernel on CUDA."""
+    return torch.where(condition, q.view(torch.int8), other.view(torch.int8)).view(q.dtype)
+
+
 def decode(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:
     """(q - zero) * scale in float32, shape of q [..., K]."""
     grouped = group_view(q.float(), scheme)

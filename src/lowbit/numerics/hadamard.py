@@ -116,6 +116,7 @@ def _paley_prime(order: int) -> int | None:
     return None
 
 
+@cache
 def hadamard_matrix(n: int, device: torch.device | None = None) -> Tensor:
     """A matrix of +1 and -1, float32 [n, n], with H H^T = n I; n a power of two, or the order of a Paley matrix."""
     return _matrix(n).to(device or "cpu")
@@ -146,6 +147,7 @@ def _paley(q: int, twice: bool) -> Tensor:
     return torch.kron(s, plus) + torch.kron(torch.eye(q + 1), minus)
 
 
+@cache
 def signs_of(size: int, seed: int, device: torch.device | None = None) -> Tensor:
     """+1 or -1 for each column, float32 [size], from `seed`."""
     return _signs(size, seed).to(device or "cpu")
