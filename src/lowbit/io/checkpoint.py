@@ -1,7 +1,9 @@
 """Write a quantized model as its source's files with the quantized weights exchanged, shard by shard.
 
 Every tensor that was not quantized is copied with its bytes, and so are tokenizer, generation_config and the rest of
-the folder; config.json gains a quantization_config. Shards keep their names. One shard is in memory at a time.
+the folder; config.json gains a quantization_config: compressed-tensors', bitsandbytes' for nf4 and fp4, or our own for
+what they can't hold (searched or outlying activations, inputs that are turned at run time). Shards keep
+their names. One shard is in memory at a time.
 """
 
 import json
@@ -17,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowbit.io.bitsandbytes import config_4bit, tensors_4bit
-from lowbit.io.compressed_tensors import quantization_config
+from lowbit.io.compressed_tensors import quantization_config, refusal
+from lowbit.io.hf import LowbitConfig, described
 from lowbit.io.names import Piece
 from lowbit.io.source import INDEX, Source
 from lowbit.nn.experts import QuantExperts
@@ -59,12 +62,14 @@ def write_checkpoint(
     layout: Mapping[str, Piece],
     dtype: torch.dtype,
     rewritten: Collection[str] = (),
+    added: Collection[str] = (),
 ) -> None:
     """Fill the empty `folder` with the quantized form of `source`; layout is that of the model before it was quantized.
 
-    dtype is that of the source's weights. rewritten names float parameters of the model that the source has otherwise.
+    dtype is that of the source's weights. rewritten names float parameters of the model that the source has otherwise,
+    added those that it does not have: a head that shared the embedding's weight.
     """
-    changed = {name: piece.parameter for name, piece in layout.items() if piece.parameter in rewritten}
+    changed = {name: piece for name, piece in layout.items() if piece.parameter in rewritten}
     stored = _stored(model, layout)
     weight_map: dict[str, str] = {}
     total_bytes = 0
@@ -75,9 +80,12 @@ def write_checkpoint(
                 if name in stored:
                     tensors |= stored.pop(name).tensors(name.removesuffix(".weight"), dtype)
                 elif name in changed:
-                    tensors[name] = _like(file.get_tensor(name), model.get_parameter(changed[name]))
-                else:
+                    piece = changed[name]
+                    tensors[name] = _like(file.get_tensor(name), model.get_parameter(piece.parameter), piece)
+                elif name not in added:
                     tensors[name] = file.get_tensor(name)
+        if shard == source.shards[-1]:
+            tensors |= {name: model.get_parameter(name).detach().cpu().to(dtype).contiguous() for name in added}
         weight_map |= dict.fromkeys(tensors, shard)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / shard, metadata={"format": "pt"})
@@ -86,11 +94,15 @@ def write_checkpoint(
     _write_index(source, folder, weight_map, total_bytes)
     copy_files(source, folder)
     config = source.config | {"quantization_config": _config(model, layout, dtype)}
+    if added:
+        config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _like(old: Tensor, new: Tensor) -> Tensor:
-    """new with the dtype of old, which it replaces whole."""
+def _like(old: Tensor, new: Tensor, piece: Piece) -> Tensor:
+    """The piece of `new` in the dtype of old, which it replaces whole."""
+    if new.shape != old.shape:
+        new = new[piece.start : piece.stop]
     assert old.shape == new.shape, f"{list(new.shape)} can't take the place of {list(old.shape)}"
     return new.detach().cpu().to(old.dtype).contiguous()
 
@@ -124,9 +136,23 @@ def _config(model: nn.Module, layout: Mapping[str, Piece], dtype: torch.dtype) -
         elif name.endswith(".weight") and owner not in embeddings and _is_matrix(model, piece):
             ignore.add(module)
     first = next(iter(schemes.values()))
+    rotated = any(isinstance(part, QuantLinear) and part.rotation is not None for part in model.modules())
+    if rotated or any(refusal(scheme) for scheme in schemes.values() if scheme.weights.format.kind != "codebook"):
+        return _own_config(model, layout)
     if first.weights.format.kind == "codebook":
         return config_4bit(first, dtype, sorted(ignore))
     return quantization_config(schemes, ignore)
+
+
+def _own_config(model: nn.Module, layout: Mapping[str, Piece]) -> dict[str, Any]:
+    """Our own config (io/own.py): every disk module with its layer's scheme and its own rows."""
+    modules = {}
+    for name, piece in layout.items():
+        if (layer := _layer_of(model, piece)) is not None:
+            shape = [piece.stop - piece.start, layer.in_features]
+            modules[name.removesuffix(".weight")] = described(layer) | {"shape": shape}
+    first = next(iter(modules.values()))["scheme"]
+    return LowbitConfig(first, (), modules).to_dict()
 
 
 def _is_matrix(model: nn.Module, piece: Piece) -> bool:

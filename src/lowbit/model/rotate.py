@@ -88,7 +88,7 @@ def rotate_model(
             if turn is not None:
                 _turn_block(block, linears, writers, turn, done)
             if options.heads:
-                pairs |= _turn_heads(block, linears, writers, _head_size(model), options.seed)
+                pairs |= _turn_heads(block, linears, writers, Hadamard.of(_head_size(model), seed=options.seed), done)
             _turn_inputs(block, linears, writers, set(pairs.values()), options, chosen, done)
     done.heads = len(pairs)
     if turn is not None:
@@ -122,7 +122,8 @@ def _check_norms(model: PreTrainedModel, width: int) -> None:
         if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.shape[0] != width:
             continue
         x = torch.linspace(-1, 2, width, device=weight.device, dtype=weight.dtype)[None]
-        if torch.allclose(part(x), part(x + 5), atol=1e-3):
+        norm: Any = part
+        if torch.allclose(norm(x), norm(x + 5), atol=1e-3):
             raise InputError(
                 f"{name} subtracts the mean of the residual stream, which therefore can't be rotated; use "
                 'Rotation(residual=False, heads=False, online="all"), or a method without rotation'
@@ -162,6 +163,11 @@ def _weight(block: Block, name: str) -> nn.Parameter:
     return cast("nn.Parameter", block.module.get_submodule(name).weight)
 
 
+def _parameters(block: Block, name: str) -> list[tuple[str, nn.Parameter]]:
+    """The weight of a linear and, if it has one, its bias."""
+    return list(block.module.get_submodule(name).named_parameters(recurse=False))
+
+
 def _turn_block(block: Block, linears: list[str], writers: list[str], turn: Hadamard, done: Rotated) -> None:
     """R1 in one block, whose input is turned already. Raises InputError where its output does not turn."""
     before = _output(block, turn)
@@ -170,19 +176,18 @@ def _turn_block(block: Block, linears: list[str], writers: list[str], turn: Hada
         if norm is None:
             continue
         part = block.module.get_submodule(norm.name)
-        weight = cast("nn.Parameter", part.weight)
+        weight: Any = part.weight
         gain = weight.double() + (1 if norm.kind == "one plus" else 0)
         weight.fill_(0 if norm.kind == "one plus" else 1)
         done.rewritten |= {f"{block.name}.{norm.name}.weight"}
         for name in group:
             w = _weight(block, name)
             w.copy_(rotate_columns(w.double() * gain, turn))
+            done.rewritten |= {f"{block.name}.{name}.weight"}
     for name in writers:
-        w, bias = _weight(block, name), block.module.get_submodule(name).bias
-        w.copy_(rotate_rows(w, turn))
-        if isinstance(bias, Tensor):
-            bias.copy_(rotate_rows(bias, turn))
-            done.rewritten |= {f"{block.name}.{name}.bias"}
+        for kind, parameter in _parameters(block, name):
+            parameter.copy_(rotate_rows(parameter, turn))
+            done.rewritten |= {f"{block.name}.{name}.{kind}"}
     after = _output(block)
     if not _close(after, turn.apply(before)):
         raise InputError(
@@ -197,29 +202,28 @@ def _head_size(model: PreTrainedModel) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _turn_heads(block: Block, linears: list[str], writers: list[str], size: int, seed: int) -> dict[str, str]:
+def _turn_heads(block: Block, linears: list[str], writers: list[str], turn: Hadamard, done: Rotated) -> dict[str, str]:
     """R2 in one block: {values' linear: output projection} where a pair was found, by trying."""
-    turn = Hadamard.of(size, seed=seed)
-    before = _output(block)
+    before, size = _output(block), turn.size
     for projection in writers:
         w_out = _weight(block, projection)
         if w_out.shape[1] % size:
             continue
         for values in linears:
-            w, bias = _weight(block, values), block.module.get_submodule(values).bias
+            w = _weight(block, values)
             if values in writers or w.shape[0] % size or w.shape[0] > w_out.shape[1]:
                 continue
-            kept = w.clone(), w_out.clone(), None if bias is None else bias.clone()
-            w.copy_(rotate_rows(w, turn))
+            parameters = [parameter for _, parameter in _parameters(block, values)]
+            kept = [parameter.clone() for parameter in (w_out, *parameters)]
             w_out.copy_(rotate_columns(w_out, turn))
-            if bias is not None:
-                bias.copy_(rotate_rows(bias, turn))
+            for parameter in parameters:
+                parameter.copy_(rotate_rows(parameter, turn))
             if _close(_output(block), before):
+                done.rewritten |= {f"{block.name}.{values}.{kind}" for kind, _ in _parameters(block, values)}
+                done.rewritten |= {f"{block.name}.{projection}.weight"}
                 return {f"{block.name}.{values}": f"{block.name}.{projection}"}
-            w.copy_(kept[0])
-            w_out.copy_(kept[1])
-            if bias is not None and kept[2] is not None:
-                bias.copy_(kept[2])
+            for parameter, value in zip((w_out, *parameters), kept, strict=True):
+                parameter.copy_(value)
     return {}
 
 
@@ -243,13 +247,13 @@ def _turn_inputs(
         layer = cast("nn.Linear", block.module.get_submodule(name))
         turn = Hadamard.of(layer.in_features, options.block, options.seed)
         if turn.block < turn.size and name in writers:
-            _balance(block, linears, name, turn.block)
+            _balance(block, linears, name, turn.block, done)
         parent, _, attribute = name.rpartition(".")
         setattr(block.module.get_submodule(parent), attribute, RotatedLinear.from_linear(layer, turn))
         done.online[full] = turn
 
 
-def _balance(block: Block, linears: list[str], name: str, size: int) -> None:
+def _balance(block: Block, linears: list[str], name: str, size: int, done: Rotated) -> None:
     """Order a linear's input channels so that blocks of `size` carry alike, if the linears before it allow that."""
     w, seen = _weight(block, name), []
     hook = block.module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
@@ -258,27 +262,31 @@ def _balance(block: Block, linears: list[str], name: str, size: int) -> None:
     mass = seen[0].reshape(-1, w.shape[1]).float().square().mean(0)
     order = balanced_order(mass, size).to(w.device)
     sources = [n for n in linears if n != name and _weight(block, n).shape[0] in (w.shape[1], 2 * w.shape[1])]
-    changed = [(w, w[:, order])]
+    changed = {f"{name}.weight": (w, w[:, order])}
     for source in sources:
-        for parameter in block.module.get_submodule(source).parameters(recurse=False):
+        for kind, parameter in _parameters(block, source):
             halves = parameter.unflatten(0, (-1, w.shape[1]))  # [K or 2 K, ...] -> [1 or 2, K, ...]
-            changed.append((parameter, halves[:, order].flatten(0, 1)))
-    kept = [parameter.clone() for parameter, _ in changed]
-    for parameter, value in changed:
+            changed[f"{source}.{kind}"] = (parameter, halves[:, order].flatten(0, 1))
+    kept = [parameter.clone() for parameter, _ in changed.values()]
+    for parameter, value in changed.values():
         parameter.copy_(value)
-    if not _close(_output(block), before):
-        for (parameter, _), value in zip(changed, kept, strict=True):
-            parameter.copy_(value)
+    if _close(_output(block), before):
+        done.rewritten |= {f"{block.name}.{changed_name}" for changed_name in changed}
+        return
+    for (parameter, _), value in zip(changed.values(), kept, strict=True):
+        parameter.copy_(value)
 
 
 def _turn_head(model: PreTrainedModel, blocks: str, turn: Hadamard, done: Rotated) -> None:
     """The last norm's gain into the head, and the head turned."""
     head = cast("nn.Linear", model.get_output_embeddings())
+    outside: list[tuple[str, Any]] = [
+        (name, part) for name, part in model.named_modules() if not name.startswith(f"{blocks}.")
+    ]
     norms = [
         (name, part)
-        for name, part in model.named_modules()
-        if not name.startswith(f"{blocks}.") and isinstance(getattr(part, "weight", None), Tensor)
-        if part.weight.dim() == 1 and part.weight.shape[0] == turn.size
+        for name, part in outside
+        if isinstance(getattr(part, "weight", None), Tensor) and part.weight.shape == (turn.size,)
     ]
     if len(norms) != 1:
         raise InputError(
@@ -286,7 +294,7 @@ def _turn_head(model: PreTrainedModel, blocks: str, turn: Hadamard, done: Rotate
             "Rotation(residual=False)"
         )
     name, part = norms[0]
-    weight = cast("nn.Parameter", part.weight)
+    weight = part.weight
     x = torch.ones(1, turn.size, device=weight.device, dtype=weight.dtype)
     old = weight.clone()
     weight.zero_()
