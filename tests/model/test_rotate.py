@@ -122,7 +122,9 @@ def test_rotated_inputs_survive_writing_and_loading(text: str, tmp_path: Path) -
     layer = loaded.get_submodule("model.layers.0.mlp.down_proj")
     assert isinstance(layer, QuantLinear)
     assert str(layer.rotation) == "hadamard-96-s0"
-    torch.testing.assert_close(_logits(loaded), _logits(model), rtol=0.1, atol=0.1)  # the embedding went to bfloat16
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # as the files keep them
+    torch.testing.assert_close(_logits(loaded), _logits(model))
     loaded.save_pretrained(tmp_path / "again")
     again = type(loaded).from_pretrained(tmp_path / "again", dtype=torch.float32)
     assert torch.equal(_logits(again), _logits(loaded))
