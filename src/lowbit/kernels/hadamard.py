@@ -1,7 +1,4 @@
-"""x Q at run time: the rotation of a layer's input, by a Triton kernel on CUDA devices, else in plain torch.
-
-The backward pass of an orthogonal matrix is its transpose: dX = dY Q^T.
-"""
+"""x Q at run time: the rotation of a layer's input, by a Triton kernel on CUDA devices, else in plain torch."""
 
 from typing import Any
 
@@ -28,29 +25,10 @@ def refusal(x: Tensor, rotation: Hadamard) -> str | None:
     return None if found[1] <= LARGEST_POWER else f"a block of {rotation.block} is too long for one program"
 
 
-class _Rotate(torch.autograd.Function):
-    """y = x Q, dx = dy Q^T."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rotation: Hadamard, inverse: bool) -> Tensor:
-        ctx.rotation, ctx.inverse = rotation, inverse
-        return _rotated(x, rotation, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(gradients[0], ctx.rotation, not ctx.inverse), None, None
-
-
-def _rotated(x: Tensor, rotation: Hadamard, inverse: bool) -> Tensor:
+def rotated(x: Tensor, rotation: Hadamard, inverse: bool) -> Tensor:
+    """x Q (or x Q^T) for x [..., K], in x's dtype; sums in float32."""
     if refusal(x, rotation) is not None:
         return rotation.undo(x) if inverse else rotation.apply(x)
     kernels: Any = late("lowbit.kernels.triton.hadamard")
     with torch.cuda.device(x.device):
         return kernels.rotate(x, rotation, inverse)
-
-
-def rotate(x: Tensor, rotation: Hadamard, inverse: bool = False) -> Tensor:
-    """x Q (or x Q^T) for x [..., K], in x's dtype; sums in float32."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotate.apply(x, rotation, inverse)
-    return _rotated(x, rotation, inverse)

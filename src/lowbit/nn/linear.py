@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lowbit.kernels.hadamard import rotate
-from lowbit.kernels.ops import quantized_linear
+from lowbit.kernels.ops import quantized_linear, rotate
 from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight, tensor_shapes

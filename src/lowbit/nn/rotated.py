@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lowbit.kernels.hadamard import rotate
+from lowbit.kernels.ops import rotate
 from lowbit.numerics.hadamard import Hadamard
 
 
