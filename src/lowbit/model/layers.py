@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.choose import Moments, solve_best
 from lowbit.algorithms.columns import PLAIN, Columns
+from lowbit.algorithms.correction import corrected_bias
 from lowbit.algorithms.gptq import solve_gptq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
@@ -103,6 +104,7 @@ class LayerLog:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rewritten: set[str] = field(default_factory=set)  # float parameters that were changed
+    corrected: set[str] = field(default_factory=set)  # biases that were
     untied: bool = False  # the head has a weight of its own now
     seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
     observed: bool = False
@@ -202,9 +204,12 @@ def solve_linears(
     for name, full_name, linear in zip(names, full_names, linears, strict=True):
         rows = slice(start, start := start + linear.out_features)
         log.note(full_name, scheme, method, w[rows], solution.dequantized[rows], observed, moment)
-        packed = _packed(solution, rows, scheme)
-        rotation = rotation_of(linear)
-        _put(module, name, QuantLinear.from_packed(packed, linear.bias, input_scale, input_zero, rotation))
+        packed, bias = _packed(solution, rows, scheme), linear.bias
+        if bias is not None and observed is not None and observed.moment is not None and moment is not None:
+            shift = None if observed.shift is None else observed.shift.mean
+            bias = corrected_bias(bias, w[rows], solution.dequantized[rows], observed.moment.mean, shift)
+            log.corrected.add(f"{full_name}.bias")
+        _put(module, name, QuantLinear.from_packed(packed, bias, input_scale, input_zero, rotation_of(linear)))
 
 
 def solve_experts(

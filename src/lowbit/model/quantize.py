@@ -95,6 +95,7 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
             f"{job.recipe.method} found no norm in {type(model).__name__} whose only readers are linears that are "
             "quantized; use --method gptq"
         )
+    log.rewritten |= log.corrected
     for name in outside:
         solve_linears(model, "", [name], job.selection.schemes[name], None, log)
     return log
