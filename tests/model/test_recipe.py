@@ -60,7 +60,7 @@ def test_what_a_method_cannot_do_is_refused(text: str) -> None:
 
 
 def test_rules_are_held_to_the_same() -> None:
-    with pytest.raises(SchemeError, match="gptq works on integer grids, and fp8 is none"):
+    with pytest.raises(SchemeError, match="gptq works on integer grids and on nvfp4 and mxfp4, and fp8 is none"):
         Recipe(rules=(Rule.parse("*.down_proj=fp8"),))
     Recipe(rules=(Rule("*.down_proj", None),))
 

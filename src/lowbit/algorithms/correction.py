@@ -53,9 +53,11 @@ def corrected(w: Tensor, moment: Tensor, shift: Tensor, residual: Tensor | None,
     return w + options.strength * step.float()
 
 
-def corrected_bias(bias: Tensor, w: Tensor, dequantized: Tensor, mean: Tensor, shift: Tensor | None) -> Tensor:
-    """b* [N] in bias's dtype. w, dequantized [N, K]; mean [K] = E[x~]; shift [K] = E[x - x~], or None for zero."""
+def corrected_bias(
+    bias: Tensor, w: Tensor, dequantized: Tensor, mean: Tensor, shift: Tensor | None, stored: torch.dtype
+) -> Tensor:
+    """b* [N] in bias's dtype, as `stored` rounds it. w, dequantized [N, K]; mean [K] = E[x~]; shift [K] = E[x - x~], or None for zero."""
     lost = (w - dequantized) @ mean
     if shift is not None:
         lost = lost + w @ shift
-    return (bias.float() + lost).to(bias.dtype)
+    return (bias.float() + lost).to(stored).to(bias.dtype)

@@ -204,10 +204,12 @@ def solve_linears(
     for name, full_name, linear in zip(names, full_names, linears, strict=True):
         rows = slice(start, start := start + linear.out_features)
         log.note(full_name, scheme, method, w[rows], solution.dequantized[rows], observed, moment)
-        packed, bias = _packed(solution, rows, scheme), linear.bias
+        packed = _packed(solution, rows, scheme)
+        bias: Tensor | None = linear.bias
         if bias is not None and observed is not None and observed.moment is not None and moment is not None:
             shift = None if observed.shift is None else observed.shift.mean
-            bias = corrected_bias(bias, w[rows], solution.dequantized[rows], observed.moment.mean, shift)
+            means = observed.moment.mean, shift
+            bias = corrected_bias(bias, w[rows], solution.dequantized[rows], *means, log.scale_dtype)
             log.corrected.add(f"{full_name}.bias")
         _put(module, name, QuantLinear.from_packed(packed, bias, input_scale, input_zero, rotation_of(linear)))
 
