@@ -56,7 +56,10 @@ def corrected(w: Tensor, moment: Tensor, shift: Tensor, residual: Tensor | None,
 def corrected_bias(
     bias: Tensor, w: Tensor, dequantized: Tensor, mean: Tensor, shift: Tensor | None, stored: torch.dtype
 ) -> Tensor:
-    """b* [N] in bias's dtype, as `stored` rounds it. w, dequantized [N, K]; mean [K] = E[x~]; shift [K] = E[x - x~], or None for zero."""
+    """b* [N] in bias's dtype, as `stored` rounds it.
+
+    w, dequantized [N, K]; mean [K] = E[x~]; shift [K] = E[x - x~], or None for zero.
+    """
     lost = (w - dequantized) @ mean
     if shift is not None:
         lost = lost + w @ shift
