@@ -53,6 +53,7 @@ def test_a_rotated_model_computes_the_same(model_type: str, options: Rotation) -
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, weights[n])}
     assert changed - {f"{name}.weight" for name in done.online} <= done.rewritten
     assert {name.rpartition(".")[2] for name in done.online} >= {"down_proj"}
+    assert done.heads == 3
 
 
 def test_rows_and_columns_of_a_llama_turn_as_its_definition_says() -> None:

@@ -10,7 +10,7 @@ Nothing is known by name. Norms are found by trying (fold.py), writers to the re
 must give the turned output; then the whole model is compared. A head that shares the embedding's weight gets its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -88,7 +88,8 @@ def rotate_model(
             if turn is not None:
                 _turn_block(block, linears, writers, turn, done)
             if options.heads:
-                pairs |= _turn_heads(block, linears, writers, Hadamard.of(_head_size(model), seed=options.seed), done)
+                heads = Hadamard.of(_head_size(model), seed=options.seed)
+                pairs |= _turn_heads(block, linears, writers, heads, _groups(model), done)
             _turn_inputs(block, linears, writers, set(pairs.values()), options, chosen, done)
     done.heads = len(pairs)
     if turn is not None:
@@ -202,22 +203,39 @@ def _head_size(model: PreTrainedModel) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _turn_heads(block: Block, linears: list[str], writers: list[str], turn: Hadamard, done: Rotated) -> dict[str, str]:
-    """R2 in one block: {values' linear: output projection} where a pair was found, by trying."""
+def _value_rows(
+    block: Block, linears: list[str], writers: list[str], width: int, size: int, groups: int
+) -> Iterator[tuple[str, int]]:
+    """(linear, first row) of what may be the values that a projection of `width` inputs reads, heads of `size`.
+
+    groups: heads of queries to one of values.
+    """
+    for name in linears:
+        rows = _weight(block, name).shape[0]
+        if width % size or name in writers:
+            continue
+        if rows % size == 0 and rows <= width:
+            yield name, 0
+        if rows == width + 2 * width // groups:  # queries, keys and values, one after the other
+            yield name, rows - width // groups
+
+
+def _turn_heads(
+    block: Block, linears: list[str], writers: list[str], turn: Hadamard, groups: int, done: Rotated
+) -> dict[str, str]:
+    """R2 in one block: {values' linear: output projection} where a pair was found, by trying.
+
+    Values are a linear of their own, or the last rows of one that gives queries and keys too.
+    """
     before, size = _output(block), turn.size
     for projection in writers:
         w_out = _weight(block, projection)
-        if w_out.shape[1] % size:
-            continue
-        for values in linears:
-            w = _weight(block, values)
-            if values in writers or w.shape[0] % size or w.shape[0] > w_out.shape[1]:
-                continue
+        for values, first in _value_rows(block, linears, writers, w_out.shape[1], size, groups):
             parameters = [parameter for _, parameter in _parameters(block, values)]
             kept = [parameter.clone() for parameter in (w_out, *parameters)]
             w_out.copy_(rotate_columns(w_out, turn))
             for parameter in parameters:
-                parameter.copy_(rotate_rows(parameter, turn))
+                parameter[first:] = rotate_rows(parameter[first:], turn)
             if _close(_output(block), before):
                 done.rewritten |= {f"{block.name}.{values}.{kind}" for kind, _ in _parameters(block, values)}
                 done.rewritten |= {f"{block.name}.{projection}.weight"}
@@ -225,6 +243,12 @@ def _turn_heads(block: Block, linears: list[str], writers: list[str], turn: Hada
             for parameter, value in zip((w_out, *parameters), kept, strict=True):
                 parameter.copy_(value)
     return {}
+
+
+def _groups(model: PreTrainedModel) -> int:
+    """How many heads of queries share one of keys and values."""
+    config: Any = model.config
+    return config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _turn_inputs(
