@@ -25,7 +25,7 @@ from lowbit.algorithms.gptq import GptqOptions
 from lowbit.model.learn import Learning, learn
 from lowbit.model.quantize import Job, batched, quantize_blocks
 from lowbit.model.recipe import Recipe
-from lowbit.model.rotate import Rotation
+from lowbit.model.rotation import Rotation
 from lowbit.model.select import Rule, select
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks

@@ -18,7 +18,8 @@ from lowbit.io.convert import convert
 from lowbit.io.names import disk_layout
 from lowbit.io.source import load_float, open_source
 from lowbit.model.recipe import Recipe
-from lowbit.model.rotate import Rotation, rotate_model
+from lowbit.model.rotate import rotate_model
+from lowbit.model.rotation import Rotation
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.rotated import RotatedLinear
 from lowbit.numerics.hadamard import Hadamard

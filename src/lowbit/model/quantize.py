@@ -23,7 +23,8 @@ from lowbit.model.aligned import Seen, Twin, residual_sources, twins
 from lowbit.model.fold import smooth_block
 from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
 from lowbit.model.recipe import MOMENT_METHODS, SMOOTHING_METHODS, Recipe
-from lowbit.model.rotate import Rotation, rotate_model
+from lowbit.model.rotate import rotate_model
+from lowbit.model.rotation import Rotation
 from lowbit.model.select import Selection
 from lowbit.nn.rotated import rotation_of
 from lowbit.numerics.scheme import QuantScheme

@@ -22,7 +22,7 @@ from lowbit.algorithms.correction import Correction
 from lowbit.algorithms.gptq import GptqOptions
 from lowbit.errors import InputError, SchemeError
 from lowbit.model.learn import Learning
-from lowbit.model.rotate import Rotation
+from lowbit.model.rotation import Rotation
 from lowbit.model.select import Rule
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.ranges import OBSERVERS
