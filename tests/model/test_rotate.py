@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import lowbit
-from lowbit.errors import InputError
+from lowbit.errors import InputError, SchemeError
 from lowbit.io.checkpoint import write_checkpoint
 from lowbit.io.convert import convert
 from lowbit.io.names import disk_layout
@@ -137,5 +137,7 @@ def test_rotated_inputs_survive_writing_and_loading(text: str, tmp_path: Path) -
 def test_learning_on_a_rotated_model_is_refused() -> None:
     with pytest.raises(InputError, match="use --method rotate or aligned"):
         Recipe(QuantScheme.parse("w4a16-g16"), "learned", rotation=Rotation())
+    with pytest.raises(SchemeError, match=r'use Rotation\(online="none"\)'):
+        Recipe(QuantScheme.parse("nf4-b64"), "rtn", rotation=Rotation())
     with pytest.raises(InputError, match="choose one of none, down, writers, all"):
         Rotation(online="up")

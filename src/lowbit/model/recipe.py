@@ -84,6 +84,12 @@ class Recipe:
         if self.method == "rotate" and self.rotation is None:
             few = any(scheme.activations is not None for scheme in schemes)
             object.__setattr__(self, "rotation", Rotation(online="down" if few else "none"))
+        turns_inputs = self.rotation is not None and self.rotation.online != "none"
+        if turns_inputs and any(scheme.weights.format.kind == "codebook" for scheme in schemes):
+            raise SchemeError(
+                "nf4 and fp4 are written as bitsandbytes writes them, which has no form for inputs that turn at run time; "
+                'use Rotation(online="none")'
+            )
         if self.method == "learned" and self.rotation is not None:
             raise InputError("learned does not work on a rotated model yet; use --method rotate or aligned")
         if self.method == "learned" and self.learning is None:
