@@ -87,8 +87,8 @@ class Recipe:
         turns_inputs = self.rotation is not None and self.rotation.online != "none"
         if turns_inputs and any(scheme.weights.format.kind == "codebook" for scheme in schemes):
             raise SchemeError(
-                "nf4 and fp4 are written as bitsandbytes writes them, which has no form for inputs that turn at run time; "
-                'use Rotation(online="none")'
+                "nf4 and fp4 are written as bitsandbytes writes them, which has no form for inputs that turn at run "
+                'time; use Rotation(online="none")'
             )
         if self.method == "learned" and self.rotation is not None:
             raise InputError("learned does not work on a rotated model yet; use --method rotate or aligned")

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.algorithms.rotate import balanced_order, rotate_columns, rotate_rows
+from lowbit.algorithms.smooth import SMALLEST
+from lowbit.model.fold import find_writer, fold
 from lowbit.model.rotation import Rotated, Rotation, close, output_of, parameters_of, weight_of
 from lowbit.nn.rotated import RotatedLinear
 from lowbit.numerics.hadamard import Hadamard
@@ -85,6 +87,8 @@ def turn_inputs(
             continue
         layer = cast("nn.Linear", block.module.get_submodule(name))
         turn = Hadamard.of(layer.in_features, options.block, options.seed)
+        if options.smoothing is not None and name in writers:
+            _smooth(block, linears, name, options.smoothing, done)
         if turn.block < turn.size and name in writers:
             _balance(block, linears, name, turn.block, done)
         parent, _, attribute = name.rpartition(".")
@@ -92,14 +96,33 @@ def turn_inputs(
         done.online[full] = turn
 
 
+def _input_of(block: Block, name: str) -> tuple[Tensor, Tensor]:
+    """(what a linear reads [M, K], the block's output) on the tokens."""
+    seen: list[Tensor] = []
+    hook = block.module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    output = output_of(block)
+    hook.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]), output  # [..., K] -> [M, K]
+
+
+def _smooth(block: Block, linears: list[str], name: str, exponent: float, done: Rotated) -> None:
+    """Divide the channels that a linear reads by max|x|^a / |w|^(1-a), if another linear writes them."""
+    writer = find_writer(block, [name], linears)
+    if writer is None or writer.kind != "rows":
+        return
+    x, _ = _input_of(block, name)
+    size, weight = x.abs().amax(0).float(), weight_of(block, name).float().norm(dim=0)
+    scales = (size.clamp(min=SMALLEST) ** exponent / weight.clamp(min=SMALLEST) ** (1 - exponent)).clamp(min=SMALLEST)
+    fold(block.module, writer, [name], scales / scales.log().mean().exp())
+    done.rewritten |= {f"{block.name}.{name}.weight"}
+    done.rewritten |= {f"{block.name}.{writer.name}.{kind}" for kind, _ in parameters_of(block, writer.name)}
+
+
 def _balance(block: Block, linears: list[str], name: str, size: int, done: Rotated) -> None:
     """Order a linear's input channels so that blocks of `size` carry alike, if the linears before it allow that."""
-    w, seen = weight_of(block, name), []
-    hook = block.module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    before = output_of(block)
-    hook.remove()
-    mass = seen[0].reshape(-1, w.shape[1]).float().square().mean(0)
-    order = balanced_order(mass, size).to(w.device)
+    w = weight_of(block, name)
+    x, before = _input_of(block, name)
+    order = balanced_order(x.float().square().mean(0), size).to(w.device)
     sources = [n for n in linears if n != name and weight_of(block, n).shape[0] in (w.shape[1], 2 * w.shape[1])]
     changed = {f"{name}.weight": (w, w[:, order])}
     for source in sources:

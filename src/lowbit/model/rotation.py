@@ -19,7 +19,8 @@ class Rotation:
     """residual: R1. heads: R2. online: which layers turn their input at run time (R4), of those that are quantized:
     "none"; "down", writers to the residual stream that R2 does not serve; "writers", all of these; or "all".
 
-    block: the largest Hadamard block at run time, None for the whole input. seed: of the signs.
+    block: the largest Hadamard block at run time, None for the whole input. seed: of the signs. smoothing: the exponent
+    with which channels that are written by a linear are smoothed before they turn (algorithms/smooth.py), None: not.
     """
 
     residual: bool = True
@@ -27,6 +28,7 @@ class Rotation:
     online: str = "down"
     block: int | None = None
     seed: int = 0
+    smoothing: float | None = None
 
     def __post_init__(self) -> None:
         if self.online not in ONLINE:
