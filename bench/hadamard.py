@@ -39,7 +39,8 @@ def main(path: str, commit: str) -> None:
             assert name == "copy" or error < TOLERANCE, (name, str(rotation), error)
             us = graph_us([lambda x=x, k=kernel: k(x) for x in inputs])
             rows.append({
-                "op": "rotate", "kernel": name, "rotation": str(rotation), "shape": [tokens, columns], "us": round(us, 2),
+                "op": "rotate", "kernel": name, "rotation": str(rotation), "shape": [tokens, columns],
+                "us": round(us, 2),
                 "gb_per_s": round(4 * tokens * columns / us / 1e3, 1), "error": None if name == "copy" else error,
                 "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit,
             })  # fmt: skip
