@@ -122,4 +122,5 @@ def int8_outlier_linear(
 
 def int8_product(q: Tensor, codes: Tensor) -> Tensor:
     """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], exact. The oracle of int8 kernels."""
-    return (q.to(torch.int64) @ codes.to(torch.int64).T).to(torch.int32)
+    exact = torch.float64 if q.is_cuda else torch.int64  # torch multiplies no int64 on CUDA; below 2^53 float64 is exact
+    return (q.to(exact) @ codes.to(exact).T).to(torch.int32)
