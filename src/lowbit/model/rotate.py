@@ -10,6 +10,7 @@ Nothing is known by name. Norms are found by trying (fold.py), writers to the re
 must give the turned output; then the whole model is compared. A head that shares the embedding's weight gets its own.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -47,8 +48,8 @@ def rotate_model(
     if turn is not None:
         _check_norms(model, width)
         _untie(model, done)
-        weight = cast("nn.Embedding", embedding).weight
-        weight.copy_(rotate_columns(weight, turn))
+        weight = cast("nn.Embedding", embedding).weight  # a new one: the old head may be somebody's reference
+        embedding.weight = nn.Parameter(rotate_columns(weight, turn), requires_grad=weight.requires_grad)
     pairs: dict[str, str] = {}
     with BlockStream(model, [tokens], device, device) as stream:
         name = stream.name
@@ -97,13 +98,19 @@ def _check_norms(model: PreTrainedModel, width: int) -> None:
 
 
 def _untie(model: PreTrainedModel, done: Rotated) -> None:
-    """Give a head that shares the embedding's weight a copy of its own."""
+    """Give the model a new head, and one that shared the embedding's weight a copy of it.
+
+    The old head stays as it is: who keeps the original's answers (judge.py) still reads it.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None:
         raise InputError(f"{type(model).__name__} has no head that could be rotated; use Rotation(residual=False)")
+    own = copy.copy(head)
+    own._parameters = dict(head._parameters)
+    own.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.set_output_embeddings(own)
     if head.weight is not cast("nn.Embedding", embedding).weight:
         return
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     model.config.tie_word_embeddings = False
     done.untied = True
 
