@@ -81,9 +81,9 @@ def quantize_folder(source_path: Path, out: Path, text: str, rules: Sequence[str
     with open_source(source_path) as source:
         model = load_float(source, torch.float32)
         layout = disk_layout(model)
-        quantize_in_memory(model, recipe, torch.bfloat16)
+        log = quantize_in_memory(model, recipe, torch.bfloat16)
         out.mkdir()
-        write_checkpoint(source, out, model, layout, torch.bfloat16)
+        write_checkpoint(source, out, model, layout, torch.bfloat16, log.rewritten)
     return Written(source_path, out, model, recipe)
 
 

@@ -4,7 +4,8 @@ All recipes of a run see the same calibration tokens and are judged on the same 
 compared window by window (`bench/accuracy/table.py` prints the paired standard error).
 
 usage:  python bench/accuracy/measure.py MODEL RECIPES.json OUT.json --calibration T --evaluation T [--device cuda]
-        RECIPES.json: a list of {"name", "scheme", "method", "gptq": {}, "correction": {}, "learning": {}, "seed"}
+        RECIPES.json: a list of {"name", "scheme", "method", "gptq": {}, "correction": {}, "learning": {},
+        "rotation": {}, "seed"}
         T: a text, or tokens as .safetensors (observe/tokens.py)
 """
 
@@ -24,6 +25,7 @@ from lowbit.algorithms.gptq import GptqOptions
 from lowbit.model.learn import Learning, learn
 from lowbit.model.quantize import Job, batched, quantize_blocks
 from lowbit.model.recipe import Recipe
+from lowbit.model.rotation import Rotation
 from lowbit.model.select import Rule, select
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
@@ -44,7 +46,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-KINDS = {"gptq": GptqOptions, "correction": Correction, "learning": Learning}
+KINDS = {"gptq": GptqOptions, "correction": Correction, "learning": Learning, "rotation": Rotation}
 
 
 def recipe_of(row: dict) -> Recipe:

@@ -288,7 +288,11 @@ def _quantized(
     recipe, log = outcome.recipe, outcome.log
     seconds, peak = time.perf_counter() - started, memory.peak_bytes(original.device)
     conditions.progress("writing", 0, 1)
-    write_checkpoint(source, folder, model, layout, dtype, log.rewritten)
+    added = (
+        [name for name, part in model.named_modules() if part is model.get_output_embeddings()] if log.untied else []
+    )
+    added = [f"{name}.weight" for name in added]
+    write_checkpoint(source, folder, model, layout, dtype, log.rewritten, added)
     conditions.progress("writing", 1, 1)
     report = _report(recipe, original, conditions, covered, log)
     report = replace(report, bytes_after=replace(source, folder=folder).bytes, seconds=seconds, peak_memory_bytes=peak)

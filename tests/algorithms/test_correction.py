@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms.choose import Moments, distance_to_wanted, solve_best
-from lowbit.algorithms.correction import Correction, corrected
+from lowbit.algorithms.correction import Correction, corrected, corrected_bias
 from lowbit.algorithms.gptq import GptqOptions, solve_gptq
 from lowbit.numerics.scheme import QuantScheme
 
@@ -92,3 +92,13 @@ def test_every_row_is_at_least_as_close_on_held_out_tokens_as_by_any_candidate(t
     lowest = lowest.sum(1).amin() if text.endswith("tensor") else lowest.amin(0)
     found = distance_to_wanted(best.dequantized, w, held_out)
     assert torch.allclose(found.sum() if text.endswith("tensor") else found, lowest, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_takes_back_what_the_layer_loses_on_average() -> None:
+    w, (x, noisy, _) = _w(), _tokens(0)
+    noisy = noisy + 1.5
+    bias, found = torch.randn(12, generator=torch.Generator().manual_seed(2)), w + 0.1 * w.roll(1, 0)
+    better = corrected_bias(bias, w, found, noisy.mean(0), (x - noisy).mean(0), torch.float32)
+    lost = x @ w.T + bias - noisy @ found.T - better
+    torch.testing.assert_close(lost.mean(0), torch.zeros(12), atol=1e-4, rtol=0)
+    assert lost.square().mean() < (x @ w.T - noisy @ found.T).square().mean()

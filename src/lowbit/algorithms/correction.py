@@ -12,6 +12,10 @@ arXiv:2504.02692, and Qronos, arXiv:2505.11695, spread the same least squares ov
                      so that it also takes back what earlier layers lost
 
 The full step fits the calibration tokens too closely: `strength` < 1 takes a part of it.
+
+A bias takes back what the layer loses on average, which no weight has to:
+
+    b* = b + W E[x] - W^ E[x~]
 """
 
 from dataclasses import dataclass
@@ -47,3 +51,16 @@ def corrected(w: Tensor, moment: Tensor, shift: Tensor, residual: Tensor | None,
     double.diagonal().add_(ridge)
     step = torch.linalg.solve(double, cross.double().T).T
     return w + options.strength * step.float()
+
+
+def corrected_bias(
+    bias: Tensor, w: Tensor, dequantized: Tensor, mean: Tensor, shift: Tensor | None, stored: torch.dtype
+) -> Tensor:
+    """b* [N] in bias's dtype, as `stored` rounds it.
+
+    w, dequantized [N, K]; mean [K] = E[x~]; shift [K] = E[x - x~], or None for zero.
+    """
+    lost = (w - dequantized) @ mean
+    if shift is not None:
+        lost = lost + w @ shift
+    return (bias.float() + lost).to(stored).to(bias.dtype)

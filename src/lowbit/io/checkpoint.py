@@ -1,7 +1,9 @@
 """Write a quantized model as its source's files with the quantized weights exchanged, shard by shard.
 
 Every tensor that was not quantized is copied with its bytes, and so are tokenizer, generation_config and the rest of
-the folder; config.json gains a quantization_config. Shards keep their names. One shard is in memory at a time.
+the folder; config.json gains a quantization_config: compressed-tensors', bitsandbytes' for nf4 and fp4, or our own for
+what they can't hold (searched or outlying activations, inputs that are turned at run time). Shards keep
+their names. One shard is in memory at a time.
 """
 
 import json
@@ -17,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowbit.io.bitsandbytes import config_4bit, tensors_4bit
-from lowbit.io.compressed_tensors import quantization_config
+from lowbit.io.compressed_tensors import quantization_config, refusal
+from lowbit.io.hf import LowbitConfig, described
 from lowbit.io.llm_int8 import config_8bit, tensors_8bit
 from lowbit.io.names import Piece
 from lowbit.io.source import INDEX, Source
@@ -40,14 +43,14 @@ class _Stored:
     start: int
     stop: int
 
-    def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The disk tensors of module `name`."""
-        packed = self.layer.packed
-        if self.layer.scheme.weights.format.kind == "codebook":
+    def tensors(self, name: str, dtype: torch.dtype, own: bool) -> dict[str, Tensor]:
+        """The disk tensors of module `name`, in our own form or in that which the scheme's readers know."""
+        packed, foreign = self.layer.packed, not own
+        if foreign and self.layer.scheme.weights.format.kind == "codebook":
             return tensors_4bit(name, packed, dtype)
         if (self.start, self.stop) != (0, self.layer.out_features):
             packed = packed.rows(self.start, self.stop)
-        if _has_outliers(self.layer.scheme):
+        if foreign and _has_outliers(self.layer.scheme):
             return tensors_8bit(name, packed)
         named = packed.tensors()
         buffers = dict(self.layer.named_buffers())
@@ -62,13 +65,15 @@ def write_checkpoint(
     layout: Mapping[str, Piece],
     dtype: torch.dtype,
     rewritten: Collection[str] = (),
+    added: Collection[str] = (),
 ) -> None:
     """Fill the empty `folder` with the quantized form of `source`; layout is that of the model before it was quantized.
 
-    dtype is that of the source's weights. rewritten names float parameters of the model that the source has otherwise.
+    dtype is that of the source's weights. rewritten names float parameters of the model that the source has otherwise,
+    added those that it does not have: a head that shared the embedding's weight.
     """
-    changed = {name: piece.parameter for name, piece in layout.items() if piece.parameter in rewritten}
-    stored = _stored(model, layout)
+    changed = {name: piece for name, piece in layout.items() if piece.parameter in rewritten}
+    stored, own = _stored(model, layout), _needs_own_form(model)
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for shard in source.shards:
@@ -76,11 +81,14 @@ def write_checkpoint(
         with safe_open(source.folder / shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (a handle, not a mapping)
                 if name in stored:
-                    tensors |= stored.pop(name).tensors(name.removesuffix(".weight"), dtype)
+                    tensors |= stored.pop(name).tensors(name.removesuffix(".weight"), dtype, own)
                 elif name in changed:
-                    tensors[name] = _like(file.get_tensor(name), model.get_parameter(changed[name]))
-                else:
+                    piece = changed[name]
+                    tensors[name] = _like(file.get_tensor(name), model.get_parameter(piece.parameter), piece)
+                elif name not in added:
                     tensors[name] = file.get_tensor(name)
+        if shard == source.shards[-1]:
+            tensors |= {name: model.get_parameter(name).detach().cpu().to(dtype).contiguous() for name in added}
         weight_map |= dict.fromkeys(tensors, shard)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / shard, metadata={"format": "pt"})
@@ -88,12 +96,18 @@ def write_checkpoint(
     assert not stored, f"quantized, but not found in the source's files: {sorted(stored)[:3]}"
     _write_index(source, folder, weight_map, total_bytes)
     copy_files(source, folder)
-    config = source.config | {"quantization_config": _config(model, layout, dtype)}
+    config = source.config | {
+        "quantization_config": _own_config(model, layout) if own else _config(model, layout, dtype)
+    }
+    if added:
+        config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _like(old: Tensor, new: Tensor) -> Tensor:
-    """new with the dtype of old, which it replaces whole."""
+def _like(old: Tensor, new: Tensor, piece: Piece) -> Tensor:
+    """The piece of `new` in the dtype of old, which it replaces whole."""
+    if new.shape != old.shape:
+        new = new[piece.start : piece.stop]
     assert old.shape == new.shape, f"{list(new.shape)} can't take the place of {list(old.shape)}"
     return new.detach().cpu().to(old.dtype).contiguous()
 
@@ -137,6 +151,25 @@ def _config(model: nn.Module, layout: Mapping[str, Piece], dtype: torch.dtype) -
 def _has_outliers(scheme: QuantScheme) -> bool:
     """Whether it is LLM.int8(), which bitsandbytes' files hold and compressed-tensors' do not."""
     return scheme.activations is not None and scheme.activations.outlier is not None
+
+
+def _needs_own_form(model: nn.Module) -> bool:
+    """Whether the model rotates inputs at run time or has a scheme that no other library's files hold."""
+    layers = [part for part in model.modules() if isinstance(part, QuantLinear)]
+    schemes = {layer.scheme for layer in layers}
+    known = [s for s in schemes if s.weights.format.kind == "codebook" or _has_outliers(s) or refusal(s) is None]
+    return len(known) < len(schemes) or any(layer.rotation is not None for layer in layers)
+
+
+def _own_config(model: nn.Module, layout: Mapping[str, Piece]) -> dict[str, Any]:
+    """Our own config (io/own.py): every disk module with its layer's scheme and its own rows."""
+    modules = {}
+    for name, piece in layout.items():
+        if (layer := _layer_of(model, piece)) is not None:
+            shape = [piece.stop - piece.start, layer.in_features]
+            modules[name.removesuffix(".weight")] = described(layer) | {"shape": shape}
+    first = next(iter(modules.values()))["scheme"]
+    return LowbitConfig(first, (), modules).to_dict()
 
 
 def _is_matrix(model: nn.Module, piece: Piece) -> bool:

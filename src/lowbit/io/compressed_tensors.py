@@ -90,6 +90,8 @@ def refusal(scheme: QuantScheme) -> str | None:
         return "compressed-tensors 0.20 refuses groups that follow an order (act-order)"
     if activations is not None and activations.outlier is not None:
         return "compressed-tensors has no outlier columns (LLM.int8())"
+    if activations is not None and activations.searched:
+        return f"readers of compressed-tensors round activations without the search of {scheme}"
     return None
 
 

@@ -91,6 +91,7 @@ def convert(model: str | Path, out: str | Path, target: str, options: Options = 
         check_destination(out, options.overwrite, _needed_bytes(source, target), source.folder)
         files = Files.open(source.folder / shard for shard in source.shards)
         reader = reader_of(source.quantization, files)
+        _check_not_rotated(source, reader, target)
         if not reader.modules and not reader.experts:
             raise CheckpointError(f"{source.name} says it is quantized, but none of its tensors is; get a clean copy")
         with atomic_folder(out, options.overwrite) as folder:
@@ -101,6 +102,15 @@ def convert(model: str | Path, out: str | Path, target: str, options: Options = 
     return job.result
 
 
+def _check_not_rotated(source: Source, reader: Reader, target: str) -> None:
+    """Raise InputError for a model whose layers turn their inputs at run time."""
+    if module := reader.rotated():
+        raise InputError(
+            f"{module} of {source.name} turns its input at run time, for which {target} has no form; load the "
+            "model with lowbit.load, or quantize the original without rotations at run time"
+        )
+
+
 def _to_gguf(source: Source, out: Path, target: str, options: Options) -> Conversion:
     """One .gguf file; exact for "gguf", rounded for the rest, which a quantized source must ask for as lossy."""
     if out.suffix != ".gguf":
@@ -109,6 +119,8 @@ def _to_gguf(source: Source, out: Path, target: str, options: Options) -> Conver
         raise InputError(f"{out} exists already; choose another name, or replace it with --overwrite")
     files = Files.open(source.folder / shard for shard in source.shards)
     reader = reader_of(source.quantization, files) if source.quantization is not None else None
+    if reader is not None:
+        _check_not_rotated(source, reader, target)
     if reader is None and target == "gguf":
         raise InputError(f"{source.name} is not quantized; choose how to round it: {', '.join(GGUF)}")
     if reader is not None and target != "gguf" and options.lossy is None:

@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit.errors import InputError
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.linear import QuantLinear
+from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme, check_fits
 from lowbit.tensors import PackedWeight
 
@@ -87,7 +88,7 @@ class LowbitConfig(QuantizationConfigMixin):
         layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
         schemes = [str(layer.scheme) for layer in layers.values()]
         common = max(sorted(set(schemes)), key=schemes.count) if schemes else "nf4-b64"
-        return cls(common, (), {name: _described(layer) for name, layer in layers.items()})
+        return cls(common, (), {name: described(layer) for name, layer in layers.items()})
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -96,14 +97,16 @@ class LowbitConfig(QuantizationConfigMixin):
 _INPUTS = ("input_scale", "input_zero_point", "input_global_scale")
 
 
-def _described(layer: QuantLinear) -> dict[str, Any]:
+def described(layer: QuantLinear) -> dict[str, Any]:
     """What an empty layer must know to take the saved buffers."""
     buffers = dict(layer.named_buffers())
     scale = buffers.get("weight_scale", buffers.get("weight_absmax"))
     assert scale is not None
     dtypes = {key: str(buffers[key].dtype).removeprefix("torch.") for key in _INPUTS if key in buffers}
     shape = [layer.out_features, layer.in_features]
-    return {"scheme": str(layer.scheme), "shape": shape, "scale": str(scale.dtype).removeprefix("torch."), **dtypes}
+    rotation = {} if layer.rotation is None else {"rotation": str(layer.rotation)}
+    scale_dtype = str(scale.dtype).removeprefix("torch.")
+    return {"scheme": str(layer.scheme), "shape": shape, "scale": scale_dtype, **dtypes, **rotation}
 
 
 class _QuantizeOnLoad(ConversionOps):
@@ -189,6 +192,8 @@ class LowbitQuantizer(HfQuantizer):
             for key in _INPUTS:
                 if key in saved:
                     layer.register_buffer(key, torch.empty(1, dtype=getattr(torch, saved[key]), device="meta"))
+            if "rotation" in saved:
+                layer.rotation = Hadamard.parse(saved["rotation"])
             if layer.bias is not None:
                 layer.bias = nn.Parameter(layer.bias.to(linear.bias.dtype), requires_grad=False)
             layer._is_hf_initialized = True  # type: ignore[assignment]

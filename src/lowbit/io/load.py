@@ -168,7 +168,8 @@ def _replace(model: nn.Module, packed: _Packed) -> None:
             inputs = parts[0].stored.inputs
             bias = getattr(module, "bias", None) if expert is None else None
             scale = inputs.get("input_scale", inputs.get("input_global_scale"))
-            layers[expert] = QuantLinear.from_packed(weight, bias, scale, inputs.get("input_zero_point"))
+            zero, rotation = inputs.get("input_zero_point"), parts[0].stored.rotation
+            layers[expert] = QuantLinear.from_packed(weight, bias, scale, zero, rotation)
         if None in layers:
             parent, _, name = owner.rpartition(".")
             setattr(model.get_submodule(parent), name, layers[None])
@@ -185,7 +186,7 @@ def _check_whole(
     rows, columns = (shape[-1], shape[-2]) if is_transposed else (shape[-2], shape[-1])
     for parts in experts.values():
         weights = [part.stored.weight for part in parts]
-        kinds = {(weight.scheme, weight.shape[1]) for weight in weights}
+        kinds = {(part.stored.weight.scheme, part.stored.weight.shape[1], part.stored.rotation) for part in parts}
         whole = whole and sum(weight.shape[0] for weight in weights) == rows
         whole = whole and len(kinds) == 1 and weights[0].shape[1] == columns
     if not whole:

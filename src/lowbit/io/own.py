@@ -1,12 +1,15 @@
 """Our own method id, what save_pretrained writes for a model with QuantLinear in it (io/hf.py).
 
-A layer's buffers under their own names (tensors.py), whatever its scheme; the config names each with its scheme.
+A layer's buffers under their own names (tensors.py), whatever its scheme; the config names each with its scheme and,
+where it turns its input at run time, the rotation (numerics/hadamard.py). `lowbit quantize` writes this form where
+compressed-tensors has none: searched or outlying activations, rotated inputs.
 """
 
 from typing import Any
 
 from lowbit.errors import CheckpointError, SchemeError
 from lowbit.io.stored import Reader, Stored, need
+from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
@@ -25,18 +28,24 @@ class LowbitReader(Reader):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.schemes: dict[str, QuantScheme] = {}
+        self.rotations: dict[str, Hadamard] = {}
         named = self.config.get("modules")
         if not isinstance(named, dict) or not all(isinstance(saved, dict) for saved in named.values()):
             raise CheckpointError("quantization_config names no modules; get a clean copy of the model")
         for module, saved in named.items():
             try:
                 self.schemes[module] = QuantScheme.parse(str(saved.get("scheme")))
+                if "rotation" in saved:
+                    self.rotations[module] = Hadamard.parse(str(saved["rotation"]))
             except SchemeError as error:
                 raise CheckpointError(f"{module}: {error}") from None
         self.modules = self.schemes
 
     def describe(self, module: str) -> str:
         return str(self.schemes[module])
+
+    def rotated(self) -> str | None:
+        return next(iter(self.rotations), None)
 
     def read(self, module: str) -> Stored:
         named, scheme = self.tensors(module), self.schemes[module]
@@ -49,4 +58,10 @@ class LowbitReader(Reader):
         need({"weight_scale", "weight_absmax"} & named.keys() != set(), module, "it has no scales")
         weight = PackedWeight.from_tensors(named, scheme, (saved[0], saved[1]))
         weight.check(module)
-        return Stored(weight, inputs)
+        rotation = self.rotations.get(module)
+        need(
+            rotation is None or rotation.size == saved[1],
+            module,
+            f"it has {saved[1]} inputs, and {rotation} turns others",
+        )
+        return Stored(weight, inputs, rotation)

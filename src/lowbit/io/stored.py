@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
+from lowbit.numerics.hadamard import Hadamard
 from lowbit.tensors import PackedWeight
 
 Get = Callable[[str], Tensor]
@@ -14,10 +15,14 @@ Get = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Stored:
-    """One disk module's weight [N, K] with its static activation grid (input_scale, input_zero_point), if any."""
+    """One disk module's weight [N, K] with its static activation grid (input_scale, input_zero_point), if any.
+
+    rotation: what the layer does to its input first.
+    """
 
     weight: PackedWeight
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    rotation: Hadamard | None = None
 
 
 class Reader:
@@ -52,6 +57,10 @@ class Reader:
     def describe(self, module: str) -> str:
         """The scheme of a module as far as names, shapes and the config tell it, without reading a weight."""
         return str(self.config.get("quant_method", "quantized"))
+
+    def rotated(self) -> str | None:
+        """A module that turns its input at run time, or None."""
+        return None
 
     def read_experts(self, name: str) -> list[Stored]:
         """The matrices of a 3-D parameter, [N, K] each. Raises CheckpointError."""

@@ -1,6 +1,7 @@
 """The ops as torch sees them: schema, shape rule, meaning; gradients stand outside.
 
     lowbit::quantized_linear(x, weight tensors, bias, input scale, input zero, scheme, N, K) -> y [..., N]
+    lowbit::rotate(x, rotation, inverse) -> x Q or x Q^T [..., K]                    numerics/hadamard.py
 
 One op serves every scheme: the registry picks the kernel by what the scheme asks for. It is registered with
 `Library.define/impl` rather than `custom_op`, which costs 40 us more a call; `autograd.Function` adds dX = dY W, with W
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.kernels.hadamard import rotated
 from lowbit.kernels.registry import pick
+from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
@@ -27,7 +30,11 @@ _LIBRARY.define(
 )
 
 
+_LIBRARY.define("rotate(Tensor x, str rotation, bool inverse) -> Tensor")
+
+
 _parsed = cache(QuantScheme.parse)
+_parsed_rotation = cache(Hadamard.parse)
 
 
 def _quantized_linear(
@@ -74,6 +81,38 @@ _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 torch.library.register_fake("lowbit::dequantize", _dequantize_shape, lib=_LIBRARY)
 _LIBRARY.impl("quantized_linear", _quantized_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("lowbit::quantized_linear", _quantized_linear_shape, lib=_LIBRARY)
+
+
+def _rotate(x: Tensor, rotation: str, inverse: bool) -> Tensor:
+    return rotated(x, _parsed_rotation(rotation), inverse)
+
+
+def _rotate_shape(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_LIBRARY.impl("rotate", _rotate, "CompositeExplicitAutograd")
+torch.library.register_fake("lowbit::rotate", _rotate_shape, lib=_LIBRARY)
+
+
+class _Rotate(torch.autograd.Function):
+    """y = x Q with Q orthogonal: dX = dY Q^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: str, inverse: bool) -> Tensor:
+        ctx.rotation, ctx.inverse = rotation, inverse
+        return torch.ops.lowbit.rotate(x, rotation, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.lowbit.rotate(gradients[0], ctx.rotation, not ctx.inverse), None, None
+
+
+def rotate(x: Tensor, rotation: Hadamard, inverse: bool = False) -> Tensor:
+    """x Q (or x Q^T) for x [..., K], in x's dtype; sums in float32."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, str(rotation), inverse)
+    return torch.ops.lowbit.rotate(x, str(rotation), inverse)
 
 
 class _QuantizedLinear(torch.autograd.Function):

@@ -10,18 +10,23 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.choose import Moments, solve_best
 from lowbit.algorithms.columns import PLAIN, Columns
+from lowbit.algorithms.correction import corrected_bias
 from lowbit.algorithms.gptq import solve_gptq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
+from lowbit.kernels.ops import rotate
 from lowbit.model.recipe import ALIGNED_METHODS, MOMENT_METHODS, Recipe
 from lowbit.model.rungs import errors_below
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
+from lowbit.nn.rotated import rotation_of
 from lowbit.numerics import metrics
 from lowbit.numerics.affine import choose_scale
-from lowbit.numerics.scheme import QuantScheme
+from lowbit.numerics.dynamic import round_activations
+from lowbit.numerics.hadamard import Hadamard
+from lowbit.numerics.scheme import QuantScheme, TensorScheme
 from lowbit.observe.moments import CrossMoment, SecondMoment, finite_range
 from lowbit.observe.ranges import Observer, make_observer
 from lowbit.optional import installed, late
@@ -45,11 +50,18 @@ class Statistics:
     """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
 
     shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it; held_out
-    keeps tokens apart that judge candidates (algorithms/choose.py).
+    keeps tokens apart that judge candidates (algorithms/choose.py). rounding: how the layer will round its input at run
+    time, in so few bits that the moments are taken of what it then multiplies.
     """
 
-    def __init__(self, moment: SecondMoment | None, observer: Observer | None) -> None:
-        self.moment, self.observer = moment, observer
+    def __init__(
+        self,
+        moment: SecondMoment | None,
+        observer: Observer | None,
+        rounding: TensorScheme | None = None,
+        rotation: Hadamard | None = None,
+    ) -> None:
+        self.moment, self.observer, self.rounding, self.rotation = moment, observer, rounding, rotation
         self.shift: CrossMoment | None = None
         self.residual: CrossMoment | None = None
         self.held_out: Statistics | None = None
@@ -60,12 +72,25 @@ class Statistics:
         assert self.shift is not None
         return Moments(moment, self.shift.value, None if self.residual is None else self.residual.value)
 
-    def update(self, x: Tensor) -> None:
-        """Take the tokens of x [..., K] into account."""
+    def turned(self, x: Tensor) -> Tensor:
+        """x [..., K] as the layer rotates it; x itself where it does not."""
+        return x if self.rotation is None else rotate(x, self.rotation)
+
+    def as_read(self, x: Tensor) -> Tensor:
+        """x [..., K] as the quantized layer will multiply it: rotated, and in few bits rounded."""
+        x = self.turned(x)
+        if self.rounding is None:
+            return x
+        finite_range(x)
+        rows = x.reshape(-1, x.shape[-1])  # [..., K] -> [M, K]
+        return round_activations(rows, self.rounding).to(x.dtype).view(x.shape)
+
+    def update(self, x: Tensor, read: Tensor | None = None) -> None:
+        """Take the tokens of x [..., K] into account; read is `as_read(x)` where it is at hand."""
         if self.moment is not None:
-            self.moment.update(x)
+            self.moment.update(self.as_read(x) if read is None else read)
         if self.observer is not None:
-            self.observer.update(x)
+            self.observer.update(self.turned(x))
         if self.sample is None:
             finite_range(x)  # infinity can't be counted
             self.sample = histogram(x, "", "activation")
@@ -81,16 +106,24 @@ class LayerLog:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rewritten: set[str] = field(default_factory=set)  # float parameters that were changed
+    corrected: set[str] = field(default_factory=set)  # biases that were
+    untied: bool = False  # the head has a weight of its own now
     seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
     observed: bool = False
 
-    def statistics(self, in_features: int, scheme: QuantScheme, device: torch.device) -> Statistics:
-        """Empty statistics of an input of `in_features` channels, as far as this recipe needs them."""
+    def statistics(
+        self, in_features: int, scheme: QuantScheme, device: torch.device, rotation: Hadamard | None = None
+    ) -> Statistics:
+        """Empty statistics of an input of `in_features` channels, as far as this recipe needs them.
+
+        rotation: what the layer does to its input first.
+        """
         self.observed = True
         static = scheme.activations is not None and not scheme.activations.dynamic
         observer = make_observer(self.recipe.observer, scheme.activations) if static and scheme.activations else None
         moment = SecondMoment(in_features, device) if self.recipe.method in MOMENT_METHODS else None
-        return Statistics(moment, observer)
+        few = scheme.activations is not None and scheme.activations.dynamic and scheme.activations.bits < 8
+        return Statistics(moment, observer, scheme.activations if few else None, rotation)
 
     def solve(self, w: Tensor, scheme: QuantScheme, moment: Tensor | None, name: str) -> tuple[Solution, str]:
         """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning."""
@@ -173,18 +206,25 @@ def solve_linears(
         for name, full_name, linear in zip(names, full_names, linears, strict=True):
             packed = PackedWeight.from_float(linear.weight, scheme, log.scale_dtype)
             log.note(full_name, scheme, "rtn", linear.weight.float(), packed.dequantize(), None, None)
-            _put(module, name, QuantLinear.from_packed(packed, linear.bias))
+            _put(module, name, QuantLinear.from_packed(packed, linear.bias, rotation=rotation_of(linear)))
         return
     moment = _moment(observed, full_names[0])
     w = torch.cat([linear.weight for linear in linears]).float()  # [sum of N, K]
     solution, method = _solved(w, scheme, observed, log, moment, ", ".join(full_names))
-    input_scale, input_zero = _static_grid(full_names[0], scheme, observed, log)
+    grid = _static_grid(full_names[0], scheme, observed, log)
+    input_scale, input_zero = (None if part is None else part.to(w.device) for part in grid)
     start = 0
     for name, full_name, linear in zip(names, full_names, linears, strict=True):
         rows = slice(start, start := start + linear.out_features)
         log.note(full_name, scheme, method, w[rows], solution.dequantized[rows], observed, moment)
         packed = _packed(solution, rows, scheme)
-        _put(module, name, QuantLinear.from_packed(packed, linear.bias, input_scale, input_zero))
+        bias: Tensor | None = linear.bias
+        if bias is not None and observed is not None and observed.moment is not None and moment is not None:
+            shift = None if observed.shift is None else observed.shift.mean
+            means = observed.moment.mean, shift
+            bias = corrected_bias(bias, w[rows], solution.dequantized[rows], *means, log.scale_dtype)
+            log.corrected.add(f"{full_name}.bias")
+        _put(module, name, QuantLinear.from_packed(packed, bias, input_scale, input_zero, rotation_of(linear)))
     if log.recipe.effort and moment is not None:
         log.compare(w, scheme, moment, [linear.out_features for linear in linears])
 
@@ -262,7 +302,7 @@ def _packed(solution: Solution, rows: slice, scheme: QuantScheme) -> PackedWeigh
     per_row = solution.scale.dim() == 2
     scale = solution.scale[rows] if per_row else solution.scale
     zero = solution.zero if solution.zero is None or not per_row else solution.zero[rows]
-    return PackedWeight.from_codes(solution.q[rows], scale, zero, scheme)
+    return PackedWeight.from_codes(solution.q[rows], scale, zero, scheme, solution.global_scale)
 
 
 def _put(module: nn.Module, name: str, layer: nn.Module) -> None:

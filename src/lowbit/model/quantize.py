@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowbit.errors import InputError
 from lowbit.kernels.reference import keeping_decoded
@@ -22,7 +23,10 @@ from lowbit.model.aligned import Seen, Twin, residual_sources, twins
 from lowbit.model.fold import smooth_block
 from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
 from lowbit.model.recipe import MOMENT_METHODS, SMOOTHING_METHODS, Recipe
+from lowbit.model.rotate import rotate_model
+from lowbit.model.rotation import Rotation
 from lowbit.model.select import Selection
+from lowbit.nn.rotated import rotation_of
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
 from lowbit.observe.capture import StopForward, find_blocks
@@ -64,6 +68,8 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     Raises InputError where a weight or an activation is not finite.
     """
     log = LayerLog(job.recipe, job.scale_dtype)
+    if job.recipe.rotation is not None:
+        _rotate(model, job, job.recipe.rotation, log)
     blocks_name, blocks = find_blocks(model)
     depth = 1 + max(index for index in range(len(blocks)) if index == 0 or _inside(job, f"{blocks_name}.{index}"))
     outside = [name for name in job.selection.schemes if not name.startswith(f"{blocks_name}.")]
@@ -90,9 +96,21 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
             f"{job.recipe.method} found no norm in {type(model).__name__} whose only readers are linears that are "
             "quantized; use --method gptq"
         )
+    log.rewritten |= log.corrected
     for name in outside:
         solve_linears(model, "", [name], job.selection.schemes[name], None, log)
     return log
+
+
+def _rotate(model: nn.Module, job: Job, options: Rotation, log: LayerLog) -> None:
+    ids = job.batches[0] if job.batches else None
+    rotated = rotate_model(cast("PreTrainedModel", model), options, list(job.selection.schemes), ids)
+    log.rewritten |= rotated.rewritten
+    log.untied = rotated.untied
+    words = (
+        f"rotated {'the residual stream, ' * options.residual}the values of {rotated.heads} blocks and the inputs of "
+    )
+    log.notes.append(f"{words}{len(rotated.online)} layers at run time")
 
 
 def _stream(model: nn.Module, job: Job) -> BlockStream:
@@ -184,11 +202,12 @@ def _observe_twin(
         if batch >= block.batches - held_out and observed.held_out is not None:
             observed = observed.held_out
         try:
-            observed.update(noisy.x)
+            read = observed.as_read(noisy.x)
+            observed.update(noisy.x, read)
             if observed.shift is not None:
-                observed.shift.update(clean.x - noisy.x, noisy.x)
+                observed.shift.update(observed.turned(clean.x) - read, read)
             if observed.residual is not None and clean.residual is not None and noisy.residual is not None:
-                observed.residual.update(clean.residual - noisy.residual, noisy.x)
+                observed.residual.update(clean.residual - noisy.residual, read)
         except InputError as error:
             raise InputError(f"the input of {block.name}.{name}: {error}") from error
 
@@ -199,7 +218,7 @@ def _observe_twin(
 
 def _twin_statistics(linear: nn.Linear, scheme: QuantScheme, writes_residual: bool, log: LayerLog) -> Statistics:
     device = linear.weight.device
-    observed = log.statistics(linear.in_features, scheme, device)
+    observed = log.statistics(linear.in_features, scheme, device, rotation_of(linear))
     observed.shift = CrossMoment(linear.in_features, linear.in_features, device)
     if writes_residual:
         observed.residual = CrossMoment(linear.out_features, linear.in_features, device)
@@ -229,7 +248,8 @@ def _observe_linears(
     with ExitStack() as hooks:
         for group in stage:
             linear = block.module.get_submodule(group[0])
-            statistics[group[0]] = log.statistics(linear.in_features, schemes[group[0]], device)  # type: ignore[arg-type]
+            width, scheme = cast("nn.Linear", linear).in_features, schemes[group[0]]
+            statistics[group[0]] = log.statistics(width, scheme, device, rotation_of(linear))
             kept = group if len(stage) == 1 else []  # in a longer stage later inputs are not final
             hook = _watch(statistics[group[0]], f"{block.name}.{group[0]}", kept, replays, group is stage[-1])
             hooks.callback(linear.register_forward_pre_hook(hook).remove)

@@ -8,6 +8,7 @@
     smooth       gptq after smoothing for activations in few bits
     aligned      gptq, aimed at what the original model computes (algorithms/correction.py), then polished
     chosen       several aligned candidates, each row by the best of them on tokens that no candidate saw
+    rotate       aligned, after rotations of the residual stream, of heads and of layers' inputs (model/rotate.py)
     learned      aligned, then rounding, scales and norms learned by the gradient of KL (model/learn.py)
 
 Written METHOD:SCHEME, as in "gptq:w4a16-g64". `--effort` names a rung of EFFORTS instead of a method, and then the
@@ -16,16 +17,18 @@ result is compared with that of the rung below (effort.py).
 
 from dataclasses import dataclass, field, replace
 
+from lowbit.algorithms.blocks import is_blocks
 from lowbit.algorithms.correction import Correction
 from lowbit.algorithms.gptq import GptqOptions
 from lowbit.errors import InputError, SchemeError
 from lowbit.model.learn import Learning
+from lowbit.model.rotation import Rotation
 from lowbit.model.select import Rule
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 
-METHODS = ("rtn", "rtn-clip", "rtn-weighted", "awq", "gptq", "smooth", "aligned", "chosen", "learned")
-ALIGNED_METHODS = ("aligned", "chosen", "learned")
+METHODS = ("rtn", "rtn-clip", "rtn-weighted", "awq", "gptq", "smooth", "rotate", "aligned", "chosen", "learned")
+ALIGNED_METHODS = ("rotate", "aligned", "chosen", "learned")
 SMOOTHING_METHODS = ("awq", "smooth")
 MOMENT_METHODS = ("rtn-weighted", "gptq", *SMOOTHING_METHODS, *ALIGNED_METHODS)
 POLISH = 2  # rounds; from 3 to 6 gained 1 % more (docs/log-accuracy.md)
@@ -47,6 +50,7 @@ class Recipe:
     gptq: GptqOptions = field(default_factory=GptqOptions)
     correction: Correction | None = None
     learning: Learning | None = None
+    rotation: Rotation | None = None
     effort: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,9 +60,11 @@ class Recipe:
             raise InputError(f"unknown observer {self.observer!r}; choose one of {', '.join(OBSERVERS)}")
         schemes = [self.scheme, *(rule.scheme for rule in self.rules if rule.scheme)]
         for scheme in schemes:
-            if self.method != "rtn" and scheme.weights.format.kind != "int":
+            weights = scheme.weights.format
+            if self.method != "rtn" and not (weights.kind == "int" or is_blocks(weights)):
                 raise SchemeError(
-                    f"{self.method} works on integer grids, and {scheme} is none; use --method rtn with it"
+                    f"{self.method} works on integer grids and on nvfp4 and mxfp4, and {scheme} is none; "
+                    "use --method rtn with it"
                 )
             if self.method == "smooth" and scheme.activations is None:
                 raise SchemeError(
@@ -80,6 +86,17 @@ class Recipe:
         if self.method in ALIGNED_METHODS and self.correction is None:
             object.__setattr__(self, "correction", Correction())
             object.__setattr__(self, "gptq", replace(self.gptq, polish=self.gptq.polish or POLISH))
+        if self.method == "rotate" and self.rotation is None:
+            few = any(scheme.activations is not None for scheme in schemes)
+            object.__setattr__(self, "rotation", Rotation(online="down" if few else "none"))
+        turns_inputs = self.rotation is not None and self.rotation.online != "none"
+        if turns_inputs and any(scheme.weights.format.kind == "codebook" for scheme in schemes):
+            raise SchemeError(
+                "nf4 and fp4 are written as bitsandbytes writes them, which has no form for inputs that turn at run "
+                'time; use Rotation(online="none")'
+            )
+        if self.method == "learned" and self.rotation is not None:
+            raise InputError("learned does not work on a rotated model yet; use --method rotate or aligned")
         if self.method == "learned" and self.learning is None:
             object.__setattr__(self, "learning", Learning())
 

@@ -10,13 +10,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lowbit.kernels.ops import quantized_linear
+from lowbit.kernels.ops import quantized_linear, rotate
+from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight, tensor_shapes
 
 
 class QuantLinear(nn.Linear):
-    """y = x W^T + b with W [N, K] quantized under `scheme`; x [..., K] of any float dtype."""
+    """y = x W^T + b with W [N, K] quantized under `scheme`; x [..., K] of any float dtype.
+
+    rotation: x is multiplied by this matrix before anything else; the codes stand for W times the same.
+    """
+
+    rotation: Hadamard | None = None
 
     def __init__(
         self,
@@ -48,6 +54,7 @@ class QuantLinear(nn.Linear):
         bias: Tensor | None = None,
         input_scale: Tensor | None = None,
         input_zero: Tensor | None = None,
+        rotation: Hadamard | None = None,
     ) -> "QuantLinear":
         """The layer that holds `packed` (not copied), with a static activation grid where the scheme has one.
 
@@ -64,6 +71,7 @@ class QuantLinear(nn.Linear):
             layer.register_buffer("input_global_scale" if is_nvfp4 else "input_scale", input_scale)
         if input_zero is not None:
             layer.register_buffer("input_zero_point", input_zero)
+        layer.rotation = rotation
         return layer
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
@@ -83,6 +91,8 @@ class QuantLinear(nn.Linear):
         """x [..., K] -> [..., N] in x's dtype."""
         scale, zero = self._buffers.get("input_scale"), self._buffers.get("input_zero_point")
         scale = self._buffers.get("input_global_scale") if scale is None else scale
+        if self.rotation is not None:
+            x = rotate(x, self.rotation)
         return quantized_linear(x, self.packed, self.bias, scale, zero)
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
@@ -97,4 +107,5 @@ class QuantLinear(nn.Linear):
         return self
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
+        text = f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
+        return text if self.rotation is None else f"{text}, rotation={self.rotation}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.formats import NumberFormat
+from lowbit.numerics.microscale import nearest_levels
 from lowbit.numerics.scheme import TensorScheme
 
 
@@ -109,11 +110,21 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) 
 
 
 def round_to(scaled: Tensor, number_format: NumberFormat) -> Tensor:
-    """The nearest codes of values already divided by their scale (float32, any shape); out of range saturates."""
+    """The nearest codes of values already divided by their scale (float32, any shape); out of range saturates.
+
+    int8, or float8_e4m3fn, which holds the levels of E2M1 exactly: there the code stands as its level.
+    """
+    if number_format.kind == "float" and number_format.bits == 4:
+        return nearest_levels(scaled).to(torch.float8_e4m3fn)
     clamped = scaled.clamp(number_format.low, number_format.high)
     if number_format.kind == "float":
         return clamped.to(torch.float8_e4m3fn)
     return clamped.round().to(torch.int8)
+
+
+def where_codes(condition: Tensor, q: Tensor, other: Tensor) -> Tensor:
+    """torch.where for codes of one dtype; float8 goes as its bytes, for which torch has no such kernel on CUDA."""
+    return torch.where(condition, q.view(torch.int8), other.view(torch.int8)).view(q.dtype)
 
 
 def decode(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:

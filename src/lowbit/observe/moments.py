@@ -35,6 +35,7 @@ class SecondMoment:
     def __init__(self, in_features: int, device: torch.device = _CPU) -> None:
         self.tokens = 0
         self._sum = torch.zeros(in_features, in_features, device=device)  # below the panels: never written
+        self._total = torch.zeros(in_features, device=device)
 
     def update(self, x: Tensor) -> None:
         """Add the tokens of x [..., K], any floating dtype. Raises InputError where x is not finite."""
@@ -46,7 +47,13 @@ class SecondMoment:
         for start in range(0, x.shape[1], PANEL):
             rows = slice(start, start + PANEL)
             self._sum[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+        self._total += x.sum(0)
         self.tokens += x.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], float32 [K]; zeros when no token was seen."""
+        return self._total / max(self.tokens, 1)
 
     @property
     def value(self) -> Tensor:
@@ -73,6 +80,7 @@ class CrossMoment:
     def __init__(self, rows: int, in_features: int, device: torch.device = _CPU) -> None:
         self.tokens = 0
         self._sum = torch.zeros(rows, in_features, device=device)
+        self._total = torch.zeros(rows, device=device)
 
     def update(self, d: Tensor, x: Tensor) -> None:
         """Add the tokens of d [..., N] and x [..., K], any floating dtype. Raises InputError where d is not finite."""
@@ -81,8 +89,15 @@ class CrossMoment:
         if x.shape[0] == 0:
             return
         finite_range(d)
-        self._sum.addmm_(d.to(self._sum.device, torch.float32).T, x.to(self._sum.device, torch.float32))
+        d = d.to(self._sum.device, torch.float32)
+        self._sum.addmm_(d.T, x.to(self._sum.device, torch.float32))
+        self._total += d.sum(0)
         self.tokens += x.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """E[d], float32 [N]; zeros when no token was seen."""
+        return self._total / max(self.tokens, 1)
 
     @property
     def value(self) -> Tensor:

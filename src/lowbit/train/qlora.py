@@ -170,7 +170,7 @@ def _delta(wrapper: Any) -> Tensor:
     total = torch.zeros(base.out_features, base.in_features, device=next(wrapper.parameters()).device)
     for adapter in wrapper.active_adapters:
         total += wrapper.get_delta_weight(adapter).float()
-    return total
+    return total if base.rotation is None else base.rotation.apply(total)  # as the weight it is added to
 
 
 def _merged_quant(base: QuantLinear, delta: Tensor, name: str) -> tuple[Tensor, QuantLinear]:
@@ -184,12 +184,14 @@ def _merged_quant(base: QuantLinear, delta: Tensor, name: str) -> tuple[Tensor, 
     else:
         packed = PackedWeight.from_float(w, scheme, dtype)
     buffers = dict(base.named_buffers())
-    layer = QuantLinear.from_packed(packed, base.bias, buffers.get("input_scale"), buffers.get("input_zero_point"))
+    grid = buffers.get("input_scale"), buffers.get("input_zero_point")
+    layer = QuantLinear.from_packed(packed, base.bias, *grid, base.rotation)
     return packed.dequantize(), layer
 
 
 def _merged_linear(base: QuantLinear, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, nn.Linear]:
-    w = (base.packed.dequantize() + delta).to(dtype)
+    w = base.packed.dequantize() + delta
+    w = (w if base.rotation is None else base.rotation.undo(w)).to(dtype)
     layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     layer.weight, layer.bias = nn.Parameter(w, requires_grad=False), base.bias
     return w, layer
