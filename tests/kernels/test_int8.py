@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.kernels import fp8, int8_linear
+from lowbit.kernels import fp8, int8_linear, int8_outlier
 from lowbit.kernels.cuda import int8_hopper
 from lowbit.kernels.int8 import Scaling, int8_weight, pad_columns, weight_refusal
 from lowbit.kernels.int8_matmul import CANDIDATES, int8_matmul
+from lowbit.kernels.int8_outlier import outlying
 from lowbit.kernels.registry import explain, use
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme
@@ -89,7 +90,10 @@ def test_fp8_products_say_what_they_lack() -> None:
     for scheme, refusal, reason in [
         ("fp8", fp8.refusal, "runs on CUDA devices"),
         ("fp8-tile128", fp8.tiles_refusal, "runs on CUDA devices"),
-        ("fp8-tile128", fp8.refusal, "not fp8 with a scale per channel or tensor"),
+        ("fp8-tile64", fp8.refusal, "not fp8 with a scale per channel or tensor"),
+        ("fp8-static", fp8.refusal, "does not quantize activations per token"),
+        ("fp8-static", fp8.static_refusal, "runs on CUDA devices"),
+        ("fp8", fp8.static_refusal, "has no calibrated scale"),
         ("fp8-tile64", fp8.tiles_refusal, "tile of 128 x 128"),
     ]:
         assert reason in str(refusal(x, _packed(scheme, 128, 512)))
@@ -117,6 +121,29 @@ def test_the_outlier_kernel_is_its_reference(scheme: str, columns: int) -> None:
     with use("reference"):
         wanted = layer(x)
     with use("int8_outlier"):
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_looking_at_a_fixed_number_of_columns_finds_the_outliers_among_them(threshold: float) -> None:
+    x = _normal(8, 100).clamp(-5, 5).half()
+    x[0, 7], x[3, 70] = 9.0, -6.0
+    found, every = outlying(x, threshold, None)
+    assert sorted(found.tolist()) == ([7, 70] if threshold else [])
+    assert every.all()
+    columns, apart = outlying(x, threshold, 64)
+    assert len(columns) == 64
+    assert sorted(columns[apart].tolist()) == sorted(found.tolist())
+    assert outlying(x, threshold, 1)[0].tolist() == [7]
+    assert len(outlying(x[:, :10], threshold, 64)[0]) == 10
+
+
+def test_what_a_gpu_computes_of_outliers_is_the_same_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = QuantLinear.from_packed(_packed("int8-t6", columns=256)), _normal(8, 256)
+    x[:, 9], x[2, 200] = 60.0, 8.0
+    with use("int8_outlier"):
+        wanted = layer(x)
+        monkeypatch.setattr(int8_outlier, "outlying", lambda half, threshold, most: outlying(half, threshold, 64))
         torch.testing.assert_close(layer(x), wanted, rtol=1e-6, atol=1e-5)
 
 

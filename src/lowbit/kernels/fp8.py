@@ -22,6 +22,19 @@ _ROWS = 4  # a multiple of x's rows that it needs then (vllm-project/vllm pull r
 
 def refusal(x: Tensor, weight: PackedWeight) -> str | None:
     """Why fp8_scaled_mm can't run for these arguments, or None."""
+    if weight.scheme.activations is None or not weight.scheme.activations.dynamic:
+        return f"{weight.scheme} does not quantize activations per token"
+    return _rows_refusal(x, weight)
+
+
+def static_refusal(x: Tensor, weight: PackedWeight) -> str | None:
+    """Why fp8_scaled_mm_static can't run for these arguments, or None."""
+    if weight.scheme.activations is None or weight.scheme.activations.dynamic:
+        return f"{weight.scheme} has no calibrated scale for activations"
+    return _rows_refusal(x, weight)
+
+
+def _rows_refusal(x: Tensor, weight: PackedWeight) -> str | None:
     if weight.scheme.weights.granularity not in ("channel", "tensor"):
         return f"weights under {weight.scheme} are not fp8 with a scale per channel or tensor"
     return _refusal(x, weight, (8, 9))
@@ -58,21 +71,34 @@ def _refusal(x: Tensor, weight: PackedWeight, least: tuple[int, int]) -> str | N
 def scaled_mm_linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> Tensor:
-    """x bfloat16 [M, K] quantized to e4m3 per token or by `scale` [1], times e4m3 codes [N, K], transposed: [M, N]."""
+    """x bfloat16 [M, K] quantized to e4m3 per token, times e4m3 codes [N, K], transposed, scaled: bfloat16 [M, N]."""
     assert isinstance(weight.scale, Tensor)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
     kernels: Any = late("lowbit.kernels.triton.fp8_quantize")
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    w_scale = weight.scale.float().reshape(-1)  # [N], or [1]
-    if scale is None:
-        q, x_scale = kernels.quantize_rows(x)
-    else:
-        q, x_scale = kernels.quantize_static(x, scale), scale.float().reshape(1, 1)
-    if x_scale.numel() > 1 or w_scale.numel() > 1:
-        x_scale, w_scale = x_scale.expand(x.shape[0], 1).contiguous(), w_scale.expand(weight.shape[0]).contiguous()
-        w_scale = w_scale.reshape(1, -1)
-    return _product(q, weight.codes, (x_scale, w_scale), bias, fast=True)
+    q, x_scale = kernels.quantize_rows(x if x.stride(-1) == 1 else x.contiguous())
+    return _product(q, weight.codes, (x_scale, _per_column(weight)), bias, fast=True)
+
+
+def scaled_mm_static(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, scale: Tensor, zero: Tensor | None = None
+) -> Tensor:
+    """x bfloat16 [M, K] quantized to e4m3 by `scale` [1], times e4m3 codes [N, K], transposed: bfloat16 [M, N]."""
+    assert isinstance(weight.scale, Tensor)
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
+    kernels: Any = late("lowbit.kernels.triton.fp8_quantize")
+    q, x_scale = kernels.quantize_static(x if x.stride(-1) == 1 else x.contiguous(), scale), scale.float().reshape(1)
+    if weight.scale.numel() == 1:
+        return _product(q, weight.codes, (x_scale, weight.scale.float().reshape(1)), bias, fast=True)
+    x_scale = x_scale.expand(x.shape[0]).reshape(-1, 1).contiguous()
+    return _product(q, weight.codes, (x_scale, _per_column(weight)), bias, fast=True)
+
+
+def _per_column(weight: PackedWeight) -> Tensor:
+    """The weight's scales as float32 [1, N]."""
+    assert isinstance(weight.scale, Tensor)
+    return weight.scale.float().reshape(-1).expand(weight.shape[0]).reshape(1, -1).contiguous()
 
 
 def scaled_mm_tiles(

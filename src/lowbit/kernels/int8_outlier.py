@@ -40,7 +40,7 @@ def linear(
         return x.new_empty(0, weight.shape[0])
     bound = torch.finfo(torch.float16).max
     half = x.clamp(-bound, bound).to(torch.float16)  # as bitsandbytes: one code in twenty differs without
-    columns, apart = _outlying(half, threshold)
+    columns, apart = outlying(half, threshold, MOST_OUTLIERS if x.is_cuda else None)
     made = _quantize(half, columns, apart, threshold)
     y = int8_fused.multiply(made, weight, bias, x.dtype)
     kept = torch.where(apart, x.index_select(1, columns), 0)  # [M, outliers]
@@ -48,11 +48,14 @@ def linear(
     return torch.addmm(y, kept, outer.to(x.dtype).T)
 
 
-def _outlying(half: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """(numbers of columns of x [M, K], whether each is taken apart), both [outliers]."""
+def outlying(half: Tensor, threshold: float, most: int | None) -> tuple[Tensor, Tensor]:
+    """(numbers of columns of x [M, K], whether each is taken apart), both [outliers].
+
+    most: look at so many columns, the largest, and ask nothing of the device; None: at all that hold outliers.
+    """
     largest = half.abs().amax(0)  # [M, K] -> [K]
-    if half.is_cuda:
-        values, columns = largest.topk(min(MOST_OUTLIERS, half.shape[1]))
+    if most is not None:
+        values, columns = largest.topk(min(most, half.shape[1]))
         return columns, (values >= threshold) & (threshold > 0)
     columns = ((largest >= threshold) & (threshold > 0)).nonzero().squeeze(1)
     return columns, torch.ones_like(columns, dtype=torch.bool)

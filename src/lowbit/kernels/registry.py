@@ -22,11 +22,15 @@ from lowbit.tensors import PackedWeight
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel of one op: its name, the function, and why it can't run for given arguments."""
+    """A kernel of one op: its name, the function, and why it can't run for given arguments.
+
+    by_name: it runs where `use` or the measured table names it, and is never chosen otherwise.
+    """
 
     name: str
     run: Callable[..., Tensor]
     refusal: Callable[..., str | None]
+    by_name: bool = False
 
 
 def _runs_anywhere(x: Tensor, weight: PackedWeight) -> None:
@@ -51,7 +55,9 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         Candidate("triton_int8", int8_linear.triton_linear, int8_linear.triton_refusal),
         Candidate("turing_int8", int8_linear.turing_linear, int8_linear.turing_refusal),
         Candidate("fp8_scaled_mm", fp8.scaled_mm_linear, fp8.refusal),
-        Candidate("fp8_scaled_mm_tiles", fp8.scaled_mm_tiles, fp8.tiles_refusal),
+        # by name: neither has run on a GPU yet
+        Candidate("fp8_scaled_mm_static", fp8.scaled_mm_static, fp8.static_refusal, by_name=True),
+        Candidate("fp8_scaled_mm_tiles", fp8.scaled_mm_tiles, fp8.tiles_refusal, by_name=True),
         Candidate("cpu_int8", cpu.int8_linear, cpu.int8_refusal),
         Candidate("int8_outlier", int8_outlier.linear, int8_outlier.refusal),
         Candidate("reference", reference.wa8_linear, _runs_anywhere),
@@ -85,7 +91,8 @@ def pick(op: str, x: Tensor, weight: PackedWeight) -> Candidate:
     winner = fastest(op, generation_of(x.device), weight.scheme.weights.format.name, x.shape[0])
     if winner is None and op == "wa8_linear" and x.device.type == "cpu":
         winner = cpu.winner(x, weight)
-    ordered = sorted(candidates, key=lambda candidate: candidate.name != winner)  # stable: the others keep their order
+    willing = [candidate for candidate in candidates if not candidate.by_name or candidate.name == winner]
+    ordered = sorted(willing, key=lambda candidate: candidate.name != winner)  # stable: the others keep their order
     return next(candidate for candidate in ordered if candidate.refusal(x, weight) is None)
 
 

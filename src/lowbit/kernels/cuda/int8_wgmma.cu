@@ -1,5 +1,5 @@
-// Rung 5: Hopper. Four warps multiply out of shared memory, one thread copies, and two blocks share what they copy
-// (sm_90a; M from some 200 up).
+// Rung 5: Hopper. Four warps multiply out of shared memory, one thread copies, and blocks share what they copy (sm_90a;
+// M from some 200 up).
 //
 //     y = epilogue(x w^T)      x int8 [M, K], w int8 [N, K], rows padded to 16 bytes; any M and N
 //
@@ -14,15 +14,16 @@
 //        +------+  +---------------------------+
 //         16 KB
 //
-//     Two blocks that stand one below the other in y (a cluster) need the same 256 rows of w: each fetches one half and
-//     sends it to both. Without that, 128 x 256 tiles ask 86 bytes per nanosecond and multiprocessor of the L2 at full
-//     rate, about twice what it gives.
+//     CLUSTER_M x CLUSTER_N blocks form a cluster. Those that stand below each other in y need the same rows of w, those
+//     beside each other the same rows of x: each fetches a part and sends it to all that need it. Without that, 128 x 256
+//     tiles ask 86 bytes per nanosecond and multiprocessor of the L2 at full rate, about twice what it gives. 2 x 1 won:
+//     of four blocks only 30 clusters fit an H200, 120 of its 132 multiprocessors (664 us for 627).
 //
 //     full[s]   the copy engine counts 48 KB of stage s in
-//     empty[s]  four warpgroups, two of each block, are done with s (a half may only be sent where both are done)
+//     empty[s]  two warpgroups of each block that shares with this one are done with s
 //
-// Persistent: one block a multiprocessor; a cluster takes tiles in columns of GROUP pairs, so that the rows of x stay in
-// the L2 while w streams by. The copying thread runs ahead into the next tile while the sums are written.
+// Persistent: one block a multiprocessor; a cluster takes tiles in columns GROUP high, so that the rows of x stay in the
+// L2 while w streams by. The copying thread runs ahead into the next tile while the sums are written.
 //
 // The sums leave 128 bytes of columns at a time: scaled, put down in shared memory in the copy engine's swizzle, and
 // written by it while the next 128 bytes are scaled and the next tile is multiplied. Four lanes that write their own 64
@@ -41,9 +42,16 @@ constexpr int TILE_M = 128, STEP = 128;
 #ifndef GROUP
 #define GROUP 8
 #endif
+#ifndef CLUSTER_M
+#define CLUSTER_M 2
+#endif
+#ifndef CLUSTER_N
+#define CLUSTER_N 1
+#endif
 #ifndef STAGED  // 0: rows of y are no multiple of 16 bytes, and the copy engine can't write them
 #define STAGED 1
 #endif
+constexpr int CLUSTER = CLUSTER_M * CLUSTER_N, SHARERS = CLUSTER_M + CLUSTER_N - 1;  // sharers: of a row or a column
 constexpr int X_BYTES = TILE_M * STEP, W_BYTES = TILE_N * STEP, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int SUMS = TILE_N / 2;                           // registers a thread
 constexpr int SIZE = KIND == 0 || KIND == 3 ? 4 : 2;       // bytes of an output
@@ -54,11 +62,25 @@ constexpr int BARRIERS_AT = SCALES_AT + 2 * TILE_N * 4;
 
 struct Tile { int m0, n0; };
 
-// Tile `index` for this block of the cluster: pairs of tiles along m, GROUP pairs high, then the next n.
-__device__ __forceinline__ Tile place(int index, int pairs, int columns, int rank) {
-    int in_group = GROUP * columns, group = index / in_group, height = min(GROUP, pairs - group * GROUP);
+// Tile number `index` of a cluster, for its block (down, right): columns of clusters GROUP high, then the next n.
+__device__ __forceinline__ Tile place(int index, int high, int wide, int down, int right) {
+    int in_group = GROUP * wide, group = index / in_group, height = min(GROUP, high - group * GROUP);
     int row = group * GROUP + index % in_group % height, column = index % in_group / height;
-    return {(row * 2 + rank) * TILE_M, column * TILE_N};
+    return {(row * CLUSTER_M + down) * TILE_M, (column * CLUSTER_N + right) * TILE_N};
+}
+
+// The block that is number i among those that share rows of x or of w with block (down, right), itself included.
+__device__ __forceinline__ int sharer(int i, int down, int right) {
+    if (i < CLUSTER_M) return right * CLUSTER_M + i;
+    int other = i - CLUSTER_M;
+    return (other < right ? other : other + 1) * CLUSTER_M + down;
+}
+
+// A part of a tile into this block, or into every block of the cluster that needs it.
+__device__ __forceinline__ void fetch(unsigned to, const TensorMap* map, int k, int r, unsigned barrier, int blocks,
+                                      unsigned short mask) {
+    if (blocks == 1) copy_box(to, map, k, r, barrier);
+    else copy_box_to_all(to, map, k, r, barrier, mask);
 }
 
 // What a warpgroup needs to write its 64 rows: those of this lane, and the tile's columns in shared memory.
@@ -131,22 +153,23 @@ __device__ __forceinline__ void write_single(const int (&d)[SUMS], const Target&
         }
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
 int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
            const __grid_constant__ TensorMap y_map, EPILOGUE_PARAMETERS, int M, int N, int K) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Epilogue e = EPILOGUE;
     unsigned stages = shared_address(memory), full = stages + BARRIERS_AT, empty = full + STAGES * 8;
-    int group = threadIdx.x / 128, rank = cluster_rank();
-    int pairs = (M + 2 * TILE_M - 1) / (2 * TILE_M), across = (N + TILE_N - 1) / TILE_N;
-    int tiles = pairs * across, steps = (K + STEP - 1) / STEP;
+    int group = threadIdx.x / 128, rank = cluster_rank(), down = rank % CLUSTER_M, right = rank / CLUSTER_M;
+    int high = (M + CLUSTER_M * TILE_M - 1) / (CLUSTER_M * TILE_M);
+    int wide = (N + CLUSTER_N * TILE_N - 1) / (CLUSTER_N * TILE_N);
+    int tiles = high * wide, steps = (K + STEP - 1) / STEP;
 
     if (threadIdx.x == 0) {
         prefetch_map(&x_map);
         prefetch_map(&w_map);
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + s * 8, 1);
-            barrier_init(empty + s * 8, 4);
+            barrier_init(empty + s * 8, 2 * SHARERS);
         }
         barrier_init_fence();
     }
@@ -158,14 +181,19 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         if (threadIdx.x == 0) {
             wait_for_previous();
             int stage = 0, parity = 1;
-            for (int index = blockIdx.x / 2; index < tiles; index += gridDim.x / 2) {
-                Tile tile = place(index, pairs, across, rank);
+            unsigned short beside = 0, below = ((1 << CLUSTER_M) - 1) << (right * CLUSTER_M);
+            for (int i = 0; i < CLUSTER_N; i++) beside |= 1 << (i * CLUSTER_M + down);
+            for (int index = blockIdx.x / CLUSTER; index < tiles; index += gridDim.x / CLUSTER) {
+                Tile tile = place(index, high, wide, down, right);
+                int m = tile.m0 + right * (TILE_M / CLUSTER_N), n = tile.n0 + down * (TILE_N / CLUSTER_M);
                 for (int step = 0; step < steps; step++) {
-                    unsigned x_to = stages + stage * STAGE_BYTES, w_to = x_to + X_BYTES + rank * (W_BYTES / 2);
+                    unsigned here = stages + stage * STAGE_BYTES, arrived = full + stage * 8;
+                    unsigned x_to = here + right * (X_BYTES / CLUSTER_N);
+                    unsigned w_to = here + X_BYTES + down * (W_BYTES / CLUSTER_M);
                     barrier_wait(empty + stage * 8, parity);
-                    barrier_expect(full + stage * 8, STAGE_BYTES);
-                    copy_box(x_to, &x_map, step * STEP, tile.m0, full + stage * 8);
-                    copy_box_to_all(w_to, &w_map, step * STEP, tile.n0 + rank * (TILE_N / 2), full + stage * 8, 3);
+                    barrier_expect(arrived, STAGE_BYTES);
+                    fetch(x_to, &x_map, step * STEP, m, arrived, CLUSTER_N, beside);
+                    fetch(w_to, &w_map, step * STEP, n, arrived, CLUSTER_M, below);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
             }
@@ -173,14 +201,14 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         __syncwarp();
     } else {
         take_registers<232>();
-        int thread = threadIdx.x % 128, stage = 0, parity = 0;
+        int thread = threadIdx.x % 128, stage = 0, parity = 0, target = sharer(thread % SHARERS, down, right);
         float* scales = (float*)(memory + SCALES_AT) + (group - 1) * TILE_N;
         Target to;
         to.chunks = memory + OUT_AT + (group - 1) * 2 * CHUNK_BYTES, to.scales = scales, to.id = group;
         to.plain = e.bias == nullptr && e.x_zero == nullptr;
         wait_for_previous();
-        for (int index = blockIdx.x / 2; index < tiles; index += gridDim.x / 2) {
-            Tile tile = place(index, pairs, across, rank);
+        for (int index = blockIdx.x / CLUSTER; index < tiles; index += gridDim.x / CLUSTER) {
+            Tile tile = place(index, high, wide, down, right);
             to.m0 = tile.m0 + (group - 1) * 64, to.n0 = tile.n0;
             Column next[(TILE_N + 127) / 128];  // asked for now, needed once the products are done
             if (KIND != 0) {
@@ -206,12 +234,12 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
                 for (int k = 0; k < STEP / 32; k++) wgmma(d, a + k * 2, b + k * 2, step > 0 || k > 0);
                 wgmma_commit();
                 wgmma_wait<1>();  // the step before this one is done: its stage may be filled again
-                if (previous >= 0 && thread < 2) barrier_arrive_remote(empty + previous * 8, thread);
+                if (previous >= 0 && thread < SHARERS) barrier_arrive_remote(empty + previous * 8, target);
                 previous = stage;
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
             wgmma_wait<0>();
-            if (thread < 2) barrier_arrive_remote(empty + previous * 8, thread);
+            if (thread < SHARERS) barrier_arrive_remote(empty + previous * 8, target);
             if (KIND != 0)  // what the last tile read here is behind a barrier, and so is what this one reads
 #pragma unroll
                 for (int i = 0; i < (TILE_N + 127) / 128; i++) {
