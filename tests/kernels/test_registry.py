@@ -35,6 +35,11 @@ def test_the_measured_table_goes_before_the_order(table: Path) -> None:
     assert registry.pick("wa8_linear", torch.ones(5, 32), WEIGHT).name == "cpu_int8"  # beyond the table: the order
 
 
+def test_where_the_winner_refuses_the_more_general_rows_speak() -> None:
+    names = measured.fastest("wna16_linear", "sm_90", "int4", 512)
+    assert names == ("cuda_wgmma", "cuda_wgmma", "cuda_dequantize")
+
+
 def test_the_packaged_table_names_kernels_that_exist() -> None:
     for row in measured._rows():
         assert row["kernel"] in {candidate.name for candidate in registry.CANDIDATES[row["op"]]}

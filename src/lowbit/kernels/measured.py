@@ -5,8 +5,9 @@ A row says: on this GPU generation, for this op and these weights, up to M token
     {"op": "wna16_linear", "gpu": "sm_90", "weights": "int4", "M": 64, "kernel": "cuda_wgmma"}
 
 Rows of one (op, gpu, weights) are read by rising M; the first with M at least x's rows speaks. Where a GPU or a kind of
-weights has no row, the rows of gpu "any" or weights "any" are read: assumed, not measured. No row at all: the order of
-the registry stands. The rows' timings, with their GPU and versions, are in bench/results.
+weights has no row, or its kernel refuses, the rows of weights "any" and then of gpu "any" are read: assumed, not
+measured. No row at all: the order of the registry stands. The rows' timings, with their GPU and versions, are in
+bench/results.
 """
 
 import json
@@ -30,15 +31,20 @@ def _cuda_generation(device: torch.device) -> str:
 
 
 @cache
-def fastest(op: str, gpu: str, weights: str, tokens: int) -> str | None:
-    """The kernel that won for `tokens` rows of x, or None where nothing was measured."""
+def fastest(op: str, gpu: str, weights: str, tokens: int) -> tuple[str, ...]:
+    """The kernel that won for `tokens` rows of x, then those of the more general rows, for where it refuses."""
     by_key: dict[tuple[str, str, str], list[dict]] = {}
     for row in _rows():
         by_key.setdefault((row["op"], row["gpu"], row["weights"]), []).append(row)
     keys = ((op, gpu, weights), (op, gpu, "any"), (op, "any", "any")) if gpu != "cpu" else ((op, gpu, weights),)
-    rows = next((by_key[key] for key in keys if key in by_key), [])
-    fitting = [row for row in sorted(rows, key=lambda row: row["M"]) if row["M"] >= tokens]
-    return fitting[0]["kernel"] if fitting else None
+    found = []
+    for key in keys:
+        fitting = [row for row in by_key.get(key, []) if row["M"] >= tokens]
+        if fitting:
+            found.append(min(fitting, key=lambda row: row["M"])["kernel"])
+        elif key in by_key:
+            break  # measured, but not so far: the order of the registry stands
+    return tuple(found)
 
 
 @cache

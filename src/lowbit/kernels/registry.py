@@ -41,7 +41,7 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "wna16_linear": (
         Candidate("cuda_mma", wna16_mma.linear, wna16_mma.refusal),
         Candidate("cuda_dequantize", wna16_dequantize.linear, wna16_dequantize.refusal),
-        # behind kernels that refuse less, so by name only: it has not run on a GPU yet
+        # behind kernels that refuse less: measured.json says where it is faster
         Candidate("cuda_wgmma", wna16_wgmma.linear, wna16_wgmma.refusal),
         Candidate("triton_wna16", wna16_triton.linear, wna16_triton.refusal),
         Candidate("reference", reference.wna16_linear, _runs_anywhere),
@@ -88,11 +88,12 @@ def pick(op: str, x: Tensor, weight: PackedWeight) -> Candidate:
         if reason := forced.refusal(x, weight):
             raise InputError(f"kernel {forced.name!r} can't run {op}: {reason}")
         return forced
-    winner = fastest(op, generation_of(x.device), weight.scheme.weights.format.name, x.shape[0])
-    if winner is None and op == "wa8_linear" and x.device.type == "cpu":
-        winner = cpu.winner(x, weight)
-    willing = [candidate for candidate in candidates if not candidate.by_name or candidate.name == winner]
-    ordered = sorted(willing, key=lambda candidate: candidate.name != winner)  # stable: the others keep their order
+    winners = fastest(op, generation_of(x.device), weight.scheme.weights.format.name, x.shape[0])
+    if not winners and op == "wa8_linear" and x.device.type == "cpu":
+        winners = (cpu.winner(x, weight),)
+    ranks = {name: rank for rank, name in reversed(list(enumerate(winners)))}
+    willing = [candidate for candidate in candidates if not candidate.by_name or candidate.name in ranks]
+    ordered = sorted(willing, key=lambda candidate: ranks.get(candidate.name, len(winners)))  # stable
     return next(candidate for candidate in ordered if candidate.refusal(x, weight) is None)
 
 
