@@ -15,9 +15,11 @@ import lowbit
 from lowbit import Calibration, Conditions, Evaluation, Gates, Recipe, Report, Rule
 from lowbit.costs import Probe, costs, fused_groups, weight_errors
 from lowbit.io.tensorfile import TensorFile
+from lowbit.model.allocation import Group, Option
 from lowbit.numerics.metrics import kl_divergence
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
+from lowbit.tradeoff import Table
 
 FUSED = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
 LEVEL = QuantScheme.parse("w3a16-g16")
@@ -237,3 +239,25 @@ def test_json_of_older_reports_has_no_budget(mixed: Report) -> None:
     fields = json.loads(mixed.to_json())
     del fields["budget"]
     assert Report.from_json(json.dumps(fields)).budget is None
+
+
+def _table(costs_at_three: list[float], costs_at_four: list[float]) -> Table:
+    """A table of equal groups with levels of 3 and 4 bits measured and 6 derived."""
+    levels = [QuantScheme.parse(f"w{bits}a16-g16") for bits in (3, 4, 6)]
+    groups = tuple(
+        Group(
+            (f"layer{number}",), 100, (Option(levels[0], 400, low), Option(levels[1], 500, high),
+                                       Option(levels[2], 700, high / 16))
+        )
+        for number, (low, high) in enumerate(zip(costs_at_three, costs_at_four, strict=True))
+    )  # fmt: skip
+    measured = (("w3a16-g16", tuple(costs_at_three)), ("w4a16-g16", tuple(costs_at_four)))
+    return Table(groups, measured, 0.0, tuple(levels), 512)
+
+
+def test_groups_go_below_what_fits_everywhere_only_for_a_gain() -> None:
+    even = _table([0.4] * 4, [0.1] * 4).within(5.0)
+    assert (even.chosen, even.bits) == ((1, 1, 1, 1), 5.0)
+    uneven = _table([0.01, 0.01, 0.4, 4.0], [0.0025, 0.0025, 0.1, 1.0]).within(5.0)
+    assert uneven.chosen == (0, 0, 1, 2)
+    assert uneven.bits <= 5.0

@@ -66,7 +66,8 @@ def main() -> None:
         fidelity, budget = report.fidelity, report.budget
         assert fidelity is not None
         row = {
-            "run": text, "method": options.method, "candidates": options.candidates, "bytes": report.bytes_after, "kld": fidelity.kld,
+            "run": text, "method": options.method, "candidates": options.candidates,
+            "bytes": report.bytes_after, "kld": fidelity.kld,
             "kld_stderr": fidelity.kld_stderr, "perplexity": fidelity.perplexity, "top1": fidelity.top1_agreement,
             "seconds": round(seconds, 1), "passed": report.passed, "model": options.model.name, "seed": report.seed,
             "evaluation": fidelity.text_hash, "samples": options.samples, "seq_len": options.seq_len,
