@@ -199,7 +199,7 @@ def _compressed(get: Get, config: Mapping[str, Any], module: str) -> Decoded:
         scale, rows = scale.reshape(1, 1), 1
     if arguments.get("format_is_packed"):
         height, columns = (int(size) for size in get(f"{module}.weight_shape").tolist())
-        codes = Stream(numpy_of(get(f"{module}.weight_packed")), bits, columns)
+        codes: Callable[[slice], Array] = Stream(numpy_of(get(f"{module}.weight_packed")), bits, columns)
         if not arguments.get("symmetric", True):
             stored = numpy_of(get(f"{module}.weight_zero_point"))
             per_row = stored.dtype == np.int32 and rows > 1

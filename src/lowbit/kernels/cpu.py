@@ -23,13 +23,13 @@ from lowbit.tensors import PackedWeight
 _log = logging.getLogger(__name__)
 
 
-def winner(x: Tensor, weight: PackedWeight) -> str | None:
-    """The kernel to prefer for x [M, K] on the CPU, "reference" or None for the order of the registry."""
+def winners(x: Tensor, weight: PackedWeight) -> tuple[str, ...]:
+    """The kernel to prefer for x [M, K] on the CPU; empty where the order of the registry stands."""
     if torch.cpu._is_vnni_supported() or int8_refusal(x, weight) is not None:
-        return None
+        return ()
     tokens = 1 << (x.shape[0] - 1).bit_length() if x.shape[0] else 1  # M, up to a power of two
     is_slower = int8_is_slower(min(tokens, 64), *weight.shape, x.dtype, torch.get_num_threads())
-    return "reference" if is_slower else None
+    return ("reference",) if is_slower else ()
 
 
 @cache

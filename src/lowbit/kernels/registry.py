@@ -90,7 +90,7 @@ def pick(op: str, x: Tensor, weight: PackedWeight) -> Candidate:
         return forced
     winners = fastest(op, generation_of(x.device), weight.scheme.weights.format.name, x.shape[0])
     if not winners and op == "wa8_linear" and x.device.type == "cpu":
-        winners = (cpu.winner(x, weight),)
+        winners = cpu.winners(x, weight)
     ranks = {name: rank for rank, name in reversed(list(enumerate(winners)))}
     willing = [candidate for candidate in candidates if not candidate.by_name or candidate.name in ranks]
     ordered = sorted(willing, key=lambda candidate: ranks.get(candidate.name, len(winners)))  # stable
