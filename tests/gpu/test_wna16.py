@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import layout, registry
-from lowbit.kernels.cuda import wna16_dequantize, wna16_layout
+from lowbit.kernels.cuda import wna16_dequantize, wna16_layout, wna16_wgmma
 from lowbit.kernels.ops import quantized_linear
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme
@@ -60,6 +60,22 @@ def test_the_product_is_right_on_every_shape_and_the_same_bits_twice(
             limit = 3e-3 if dtype == torch.bfloat16 else 1e-3
             assert relative_error(y, exact(x, weight, bias)) < limit, (tokens, rows, columns)
             assert torch.equal(y, quantized_linear(x, weight, bias)), (tokens, rows, columns)
+
+
+@pytest.mark.parametrize("tokens", [9, 32, 64, 130])
+@pytest.mark.parametrize("scheme", ["w4a16-g128", "w8a16", "nf4-b64"])
+def test_wgmma_is_right_with_every_tile_and_number_of_slices(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, tokens: int
+) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma exists on compute capability 9.0 alone")
+    weight, x = weight_of(scheme, 1352, 1920), random(tokens, 1920, seed=1)
+    form, expected = layout.form_of(weight), exact(x, weight)
+    for tile in wna16_wgmma.tiles_of(form, tokens):
+        for splits in [2] if tile.paired else [1, 3, 8]:
+            plan = wna16_wgmma.plan_for(tile, form, weight.shape, tokens, x.dtype, x.device, splits)
+            monkeypatch.setattr(wna16_wgmma, "plan_of", lambda *arguments, plan=plan: plan)
+            assert relative_error(wna16_wgmma.linear(x, weight, None), expected) < 3e-3, (tile, splits)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
