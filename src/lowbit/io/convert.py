@@ -28,7 +28,7 @@ from lowbit.io.reading import reader_of
 from lowbit.io.source import INDEX, Source, open_source
 from lowbit.io.stored import Reader, Stored
 from lowbit.io.targets import FLOAT, TARGETS, TOOL, Target
-from lowbit.io.tensorfile import Files, TensorFile, TensorWriter, header_bound
+from lowbit.io.tensorfile import Files, TensorFile, TensorWriter, forget, header_bound
 from lowbit.io.verify import Written, verify_config, verify_shard
 from lowbit.numerics.scheme import QuantScheme, check_fits
 from lowbit.tensors import PackedWeight
@@ -177,8 +177,7 @@ class _Job:
                 weight_map |= dict.fromkeys(TensorFile.open(folder / shard).entries, shard)
                 total += (folder / shard).stat().st_size
                 self._collect(checks[-1:])
-                if self.options.verify:
-                    checks.append(checker.submit(self._checked, folder / shard, modules))
+                checks.append(checker.submit(self._checked, folder / shard, modules))
             self._collect(checks[-1:])
         if (self.source.folder / INDEX).is_file():
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -205,10 +204,14 @@ class _Job:
         return modules
 
     def _checked(self, shard: Path, modules: Sequence[str]) -> int:
+        """How many modules of a new shard were found equal; the old one is not needed after that."""
         again = {*self.result.requantized, *self.reader.experts}
         same_codes = [module for module in modules if module not in again]
-        before, schemes = self.source.quantization or {}, self.result.schemes
-        return verify_shard(shard, same_codes, self.files, before, Written(self.name, schemes, self.dtype))
+        before, written = self.source.quantization or {}, Written(self.name, self.result.schemes, self.dtype)
+        count = verify_shard(shard, same_codes, self.files, before, written) if self.options.verify else 0
+        with (self.source.folder / shard.name).open("rb", buffering=0) as file:
+            forget(file)
+        return count
 
     def _collect(self, checks: Sequence["Future[int]"]) -> None:
         """Wait for checks and count what they found equal; raises what they raised."""

@@ -19,6 +19,7 @@ from lowbit.io import targets
 from lowbit.io.convert import FORMATS, Options, convert
 from lowbit.io.stored import Stored
 from lowbit.io.targets import TARGETS
+from lowbit.numerics.pack import pack, unpack
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
@@ -88,6 +89,33 @@ def test_integers_go_from_format_to_format_and_back_bit_for_bit(source: str, tar
     assert ("quantize_config.json" in names) == target.startswith("gptq")
     assert "tokenizer.json" in names
     assert json.loads((tmp_path / "there" / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@torch.no_grad()
+def test_awq_gemv_becomes_gemm_byte_for_byte(tmp_path: Path) -> None:
+    """GEMV is compressed-tensors' order with zero-points packed along the groups and filled up to whole words."""
+    start = foreign("awq-llama", tmp_path / "start")
+    convert(start, tmp_path / "gemv", "compressed-tensors")
+    tensors = all_tensors(tmp_path / "gemv")
+    for name in [name for name in tensors if name.endswith("weight_packed")]:
+        module, rows = name.removesuffix(".weight_packed"), len(tensors[name])
+        zero = unpack(tensors.pop(f"{module}.weight_zero_point").T.contiguous(), 4, rows).T
+        filling = (0, 16 - zero.shape[1])  # two words a row, as AutoAWQ pads
+        tensors[f"{module}.qweight"] = tensors.pop(name)
+        tensors[f"{module}.qzeros"] = pack(torch.nn.functional.pad(zero, filling, value=-8).contiguous(), 4)
+        tensors[f"{module}.scales"] = torch.nn.functional.pad(tensors.pop(f"{module}.weight_scale"), filling)
+        del tensors[f"{module}.weight_shape"]
+    for path in (tmp_path / "gemv").glob("model*"):
+        path.unlink()
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "gemv" / "model.safetensors")
+    config = json.loads((start / "config.json").read_text())
+    config["quantization_config"]["version"] = "gemv"
+    (tmp_path / "gemv" / "config.json").write_text(json.dumps(config))
+    result = convert(tmp_path / "gemv", tmp_path / "back", "awq")
+    assert result.verified == 7
+    first, last = all_tensors(start), all_tensors(tmp_path / "back")
+    assert first.keys() == last.keys()
+    assert [name for name in first if not torch.equal(first[name], last[name])] == []
 
 
 @torch.no_grad()
