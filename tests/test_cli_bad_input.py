@@ -100,7 +100,7 @@ def test_a_model_without_a_tokenizer(place: Place) -> None:
     assert "has no tokenizer that can be loaded" in refused(place, *arguments(place))
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g", "int4", "w9a16", "w4a16-g0", "w4a4", "nf4", "nf4-b48", "w4a16-static"])
+@pytest.mark.parametrize("scheme", ["w4a16-g", "int4", "w9a16", "w4a16-g0", "w4a5", "nf4", "nf4-b48", "w4a16-static"])
 def test_an_unknown_scheme_is_answered_with_the_grammar(scheme: str, place: Place) -> None:
     message = refused(place, *arguments(place, "--scheme", scheme))
     assert repr(scheme) in message
@@ -195,7 +195,7 @@ def test_a_rule_that_matches_nothing_is_answered_with_names(option: list[str], p
         (["--rule", "*.down_proj=int4"], "unknown scheme 'int4'"),
         (["--ignore", "*"], "nothing is left to quantize"),
         (["--method", "magic"], "unknown method 'magic'; choose one of rtn, "),
-        (["--scheme", "fp8", "--method", "gptq"], "gptq works on integer grids, and fp8 is none; use --method rtn"),
+        (["--scheme", "fp8", "--method", "gptq"], "gptq works on integer grids and on nvfp4 and mxfp4, and fp8 is none; use --method rtn"),
         (["--observer", "magic"], "unknown observer 'magic'; choose one of "),
         (["--device", "cuda:99"], "there is no device 'cuda:99' here"),
         (["--device", "gpu"], "there is no device 'gpu' here"),
