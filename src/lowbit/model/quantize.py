@@ -23,6 +23,7 @@ from lowbit.model.fold import smooth_block
 from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
 from lowbit.model.recipe import MOMENT_METHODS, SMOOTHING_METHODS, Recipe
 from lowbit.model.select import Selection
+from lowbit.model.sensitivity import sense
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
 from lowbit.observe.capture import StopForward, find_blocks
@@ -64,6 +65,8 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     Raises InputError where a weight or an activation is not finite.
     """
     log = LayerLog(job.recipe, job.scale_dtype)
+    if job.recipe.sensitivity is not None:
+        log.sensed = sense(model, list(job.selection.schemes), job.batches, job.recipe.sensitivity)
     blocks_name, blocks = find_blocks(model)
     depth = 1 + max(index for index in range(len(blocks)) if index == 0 or _inside(job, f"{blocks_name}.{index}"))
     outside = [name for name in job.selection.schemes if not name.startswith(f"{blocks_name}.")]
@@ -156,6 +159,8 @@ def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -
     if correction.residual:
         twin.sources = residual_sources(twin.clean, linears)
     steps = [[group] for group in groups] if correction.sequential else [groups]
+    if log.sensed:  # each linear has its own tokens' weights
+        steps = [[[name] for group in step for name in group] for step in steps]
     for step in steps:
         statistics = _observe_twin(twin, step, idle, schemes, log)
         for group in step:
@@ -184,17 +189,26 @@ def _observe_twin(
         if batch >= block.batches - held_out and observed.held_out is not None:
             observed = observed.held_out
         try:
-            observed.update(noisy.x)
+            weight = _weight(log, f"{block.name}.{name}", batch, noisy.x)
+            x = noisy.x * weight
+            observed.update(x)
             if observed.shift is not None:
-                observed.shift.update(clean.x - noisy.x, noisy.x)
+                observed.shift.update((clean.x - noisy.x) * weight, x)
             if observed.residual is not None and clean.residual is not None and noisy.residual is not None:
-                observed.residual.update(clean.residual - noisy.residual, noisy.x)
+                observed.residual.update((clean.residual - noisy.residual) * weight, x)
         except InputError as error:
             raise InputError(f"the input of {block.name}.{name}: {error}") from error
 
     if leads:
         twin.observe(leads, receive)
     return statistics
+
+
+def _weight(log: LayerLog, name: str, batch: int, x: Tensor) -> Tensor | float:
+    """The square root of each token's weight, [..., 1] beside x [..., K]; 1 where tokens are alike."""
+    if name not in log.sensed:
+        return 1.0
+    return log.sensed[name].tokens[batch].sqrt().to(x.device).view(*x.shape[:-1], 1)
 
 
 def _twin_statistics(linear: nn.Linear, scheme: QuantScheme, writes_residual: bool, log: LayerLog) -> Statistics:
