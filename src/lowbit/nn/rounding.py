@@ -54,12 +54,13 @@ class RoundingLinear(nn.Module):
         assert isinstance(packed.scale, Tensor)
         self.scheme, self.scale_dtype, self.bias = packed.scheme, packed.scale.dtype, layer.bias
         zero = packed.zero_points()
-        self.register_buffer("scale", packed.scale.float())
-        self.register_buffer("zero", None if zero is None else zero.float())
+        # packed zero-points come as a view of their transpose, whose strides a copy to another dtype keeps
+        self.register_buffer("scale", packed.scale.float().contiguous())
+        self.register_buffer("zero", None if zero is None else zero.float().contiguous())
         self.input_grid = (layer._buffers.get("input_scale"), layer._buffers.get("input_zero_point"))
         q = packed.q().float()
         u = w.detach().float() / self._wide(self.scale) + (0 if self.zero is None else self._wide(self.zero))
-        self.register_buffer("u", q + spread * (torch.clamp(u, q - EDGE, q + EDGE) - q).contiguous())
+        self.register_buffer("u", (q + spread * (torch.clamp(u, q - EDGE, q + EDGE) - q)).contiguous())
         by_rows = self.scheme.weights.granularity in ("group", "channel")
         self.fuses = by_rows and u.is_cuda and installed("triton")
         self.v = nn.Parameter(torch.zeros_like(self.u))

@@ -73,6 +73,7 @@ def rounded_gradients(
 
 
 def _launch(kernel, arguments: tuple[Tensor, ...], has_zero: bool, limits: NumberFormat) -> None:  # type: ignore[no-untyped-def]
+    assert all(argument.is_contiguous() for argument in arguments), "the kernels step through memory, not by strides"
     groups = arguments[2].numel()
     size = arguments[0].numel() // groups
     padded = triton.next_power_of_2(size)
