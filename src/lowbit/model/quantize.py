@@ -71,8 +71,13 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     depth = 1 + max(index for index in range(len(blocks)) if index == 0 or _inside(job, f"{blocks_name}.{index}"))
     outside = [name for name in job.selection.schemes if not name.startswith(f"{blocks_name}.")]
     if job.recipe.correction is not None:
-        with _stream(model, job) as noisy, _stream(model, job) as clean:
-            for twin in islice(twins(noisy, clean), depth):
+        with (
+            parked(blocks, job.scale_dtype) as take_out,
+            _stream(model, job) as noisy,
+            _stream(model, job) as clean,
+        ):
+            give_back()
+            for twin in islice(twins(noisy, clean, take_out), depth):
                 _quantize_twin(twin, _inside(job, twin.noisy.name), log)
                 give_back()
                 job.progress("quantizing", twin.noisy.index + 1, depth)
@@ -153,7 +158,8 @@ def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -
     """Quantize a block whose inputs are seen beside the original's; experts without that comparison."""
     block = twin.noisy
     linears, experts = _split(block.module, schemes)
-    groups, idle = input_groups(block, linears)
+    with watching_endings(block, linears) as endings:
+        groups, idle = input_groups(block, linears)
     correction = log.recipe.correction
     assert correction is not None
     if correction.residual:
@@ -161,13 +167,20 @@ def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -
     steps = [[group] for group in groups] if correction.sequential else [groups]
     if log.sensed:  # each linear has its own tokens' weights
         steps = [[[name] for group in step for name in group] for step in steps]
-    for step in steps:
-        statistics = _observe_twin(twin, step, idle, schemes, log)
-        for group in step:
-            _solve_group(block, group, schemes, statistics.get(group[0]), log)
-    expert_statistics = _observe_experts(block, experts, schemes, log) if experts else {}
-    for name in experts:
-        solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
+    with keeping_decoded(), twin.replaying(endings):
+        for step in steps:
+            statistics = _observe_twin(twin, step, idle, schemes, log)
+            give_back()  # the forwards' short-lived tensors, before the solver's
+            for group in step:
+                _solve_group(block, group, schemes, statistics.get(group[0]), log)
+            for name in step[0] if len(step) == 1 else ():
+                twin.settle(name)
+        expert_statistics = _observe_experts(block, experts, schemes, log) if experts else {}
+        for name in experts:
+            solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
+        if not block.is_last:
+            block.advance()
+            twin.clean.advance()
 
 
 def _observe_twin(
@@ -200,7 +213,7 @@ def _observe_twin(
             raise InputError(f"the input of {block.name}.{name}: {error}") from error
 
     if leads:
-        twin.observe(leads, receive)
+        twin.observe(leads, receive, groups[0] if len(groups) == 1 else ())
     return statistics
 
 

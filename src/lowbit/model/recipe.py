@@ -31,7 +31,7 @@ METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", "a
 ALIGNED_METHODS = ("aligned", "chosen", "learned")
 SMOOTHING_METHODS = ("awq", "smooth")
 MOMENT_METHODS = ("rtn-weighted", "gptq", *SMOOTHING_METHODS, *ALIGNED_METHODS)
-POLISH = 2  # rounds; from 3 to 6 gained 1 % more (docs/log-accuracy.md)
+POLISH = 3  # rounds; 6 gained 1 % more (docs/log-accuracy.md)
 EFFORTS = ("rtn", "rtn-weighted", "aligned", "chosen", "learned")
 
 
