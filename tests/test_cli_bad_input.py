@@ -195,7 +195,10 @@ def test_a_rule_that_matches_nothing_is_answered_with_names(option: list[str], p
         (["--rule", "*.down_proj=int4"], "unknown scheme 'int4'"),
         (["--ignore", "*"], "nothing is left to quantize"),
         (["--method", "magic"], "unknown method 'magic'; choose one of rtn, "),
-        (["--scheme", "fp8", "--method", "gptq"], "gptq works on integer grids and on nvfp4 and mxfp4, and fp8 is none; use --method rtn"),
+        (
+            ["--scheme", "fp8", "--method", "gptq"],
+            "gptq works on integer grids and on nvfp4 and mxfp4, and fp8 is none; use --method rtn",
+        ),
         (["--observer", "magic"], "unknown observer 'magic'; choose one of "),
         (["--device", "cuda:99"], "there is no device 'cuda:99' here"),
         (["--device", "gpu"], "there is no device 'gpu' here"),

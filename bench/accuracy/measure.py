@@ -4,8 +4,7 @@ All recipes of a run see the same calibration tokens and are judged on the same 
 compared window by window (`bench/accuracy/table.py` prints the paired standard error).
 
 usage:  python bench/accuracy/measure.py MODEL RECIPES.json OUT.json --calibration T --evaluation T [--device cuda]
-        RECIPES.json: a list of {"name", "scheme", "method", "gptq": {}, "correction": {}, "learning": {},
-        "rotation": {}, "seed"}
+        RECIPES.json: a list of {"name", "scheme", "method", "seed"} and options by the names in KINDS
         T: a text, or tokens as .safetensors (observe/tokens.py)
 """
 
@@ -22,11 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowbit import judge
 from lowbit.algorithms.correction import Correction
 from lowbit.algorithms.gptq import GptqOptions
+from lowbit.algorithms.joint import Joint
 from lowbit.model.learn import Learning, learn
 from lowbit.model.quantize import Job, batched, quantize_blocks
 from lowbit.model.recipe import Recipe
 from lowbit.model.rotation import Rotation
 from lowbit.model.select import Rule, select
+from lowbit.model.sensitivity import Sensitivity
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
 from lowbit.observe.tokens import Tokens, load_tokens
@@ -46,7 +47,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-KINDS = {"gptq": GptqOptions, "correction": Correction, "learning": Learning, "rotation": Rotation}
+KINDS = {
+    "gptq": GptqOptions, "correction": Correction, "learning": Learning, "rotation": Rotation,
+    "sensitivity": Sensitivity, "joint": Joint,
+}  # fmt: skip
 
 
 def recipe_of(row: dict) -> Recipe:
@@ -55,16 +59,46 @@ def recipe_of(row: dict) -> Recipe:
     return Recipe(QuantScheme.parse(row["scheme"]), row.get("method", "gptq"), rules, **options)
 
 
-def quantized(base, row: dict, tokens: Tokens, device: torch.device):
-    """(model, root mean square of its layers' output errors or None, what learning did or None)"""
-    model, recipe = copy.deepcopy(base), recipe_of(row)
-    selection = select(model, find_blocks(model)[0], recipe.scheme, recipe.rules)
-    log = quantize_blocks(
-        model, Job(recipe, selection, list(batched(tokens.ids, 8192)), torch.bfloat16, device, hidden_device=device)
-    )
-    learned = learn(model, base, tokens.ids, recipe.learning) if recipe.learning else None
-    errors = [record.output_error**2 for record in log.records if record.output_error is not None]
-    return model, math.sqrt(sum(errors) / len(errors)) if errors else None, learned
+def wanted_of(base, tokens: Tokens):
+    """The original's logits for windows of `tokens`, made of hidden states that are kept (model/learn.py)."""
+    kept = judge.Reference.of(base, tokens)
+
+    @torch.no_grad()
+    def wanted(numbers: torch.Tensor) -> torch.Tensor:
+        return torch.stack([kept.head(kept.hidden[number].to(kept.device)) for number in numbers.tolist()])
+
+    return wanted
+
+
+class Solver:
+    """Quantizes copies of one model. What was solved last is kept: rows that differ in learning alone start from it."""
+
+    def __init__(self, base, device: torch.device) -> None:
+        self.base, self.device = base, device
+        self._known: tuple[str, object, float | None] | None = None
+
+    def solved(self, row: dict, recipe: Recipe, tokens: Tokens):
+        """(model, root mean square of its layers' output errors or None) before learning; seconds are the caller's."""
+        key = json.dumps([{name: row[name] for name in sorted(row) if name not in ("name", "learning")}, tokens.hash])
+        if self._known is None or self._known[0] != key:
+            self._known = None
+            model = copy.deepcopy(self.base)
+            selection = select(model, find_blocks(model)[0], recipe.scheme, recipe.rules)
+            batches = list(batched(tokens.ids, 8192))
+            job = Job(recipe, selection, batches, torch.bfloat16, self.device, hidden_device=self.device)
+            log = quantize_blocks(model, job)
+            errors = [record.output_error**2 for record in log.records if record.output_error is not None]
+            self._known = key, model, math.sqrt(sum(errors) / len(errors)) if errors else None
+        return copy.deepcopy(self._known[1]), self._known[2]
+
+    def quantized(self, row: dict, tokens: Tokens):
+        """(model, error as above, what learning did or None, seconds of solving, seconds of learning)"""
+        recipe, started = recipe_of(row), time.perf_counter()
+        model, output_error = self.solved(row, recipe, tokens)
+        solved, learned = time.perf_counter(), None
+        if recipe.learning:
+            learned = learn(model, self.base, tokens.ids, recipe.learning, wanted=wanted_of(self.base, tokens))
+        return model, output_error, learned, solved - started, time.perf_counter() - solved
 
 
 def main() -> None:
@@ -75,12 +109,10 @@ def main() -> None:
     held_out = load_tokens(options.evaluation, tokenizer, options.windows, options.seq_len, 0)
     reference = judge.Reference.of(base, held_out)
     index, parts = map(int, options.part.split("/"))
-    rows = []
+    rows, solver = [], Solver(base, device)
     for row in json.loads(options.recipes.read_text())[index::parts]:
         tokens = load_tokens(options.calibration, tokenizer, options.samples, options.seq_len, row.get("seed", 0))
-        started = time.perf_counter()
-        model, output_error, learned = quantized(base, row, tokens, device)
-        seconds = time.perf_counter() - started
+        model, output_error, learned, solving, learning = solver.quantized(row, tokens)
         means = judge.window_means(model, reference)
         kld = means[:, 2]
         found = {
@@ -89,11 +121,13 @@ def main() -> None:
             "perplexity": math.exp(means[:, 0].mean()),
             "perplexity_reference": math.exp(means[:, 1].mean()),
             "top1": means[:, 3].mean().item(),
-            "seconds": round(seconds, 1),
+            "seconds": round(solving + learning, 1),
+            "seconds_learning": round(learning, 1),
             "output_error": output_error,
         }
         print(f"{row['name']:44s} KL {found['kld']:.4f} +- {found['kld_stderr']:.4f}  ppl {found['perplexity']:7.2f}  "
-              f"top-1 {found['top1']:.3f}  out {output_error or 0:.4f}  {seconds:.1f} s  {learned or ''}",
+              f"top-1 {found['top1']:.3f}  out {output_error or 0:.4f}  {solving:.1f} + {learning:.1f} s  "
+              f"{(learned.before, learned.after, learned.step) if learned else ''}",
               flush=True)  # fmt: skip
         rows.append(row | found | {
             "calibration": tokens.hash, "evaluation": held_out.hash, "device": device_name(device),
@@ -101,6 +135,8 @@ def main() -> None:
         })  # fmt: skip
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
         del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:

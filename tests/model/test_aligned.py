@@ -3,6 +3,7 @@ by hand below; and moments over activations that hooks collect from the two whol
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from checkpoints import TOKENS, quantize_in_memory
 from torch import Tensor, nn
 
 from lowbit.algorithms.correction import Correction
+from lowbit.model import quantize
 from lowbit.model.aligned import BLOCK_INPUT, residual_sources, twins
 from lowbit.model.recipe import Recipe
 from lowbit.nn.linear import QuantLinear
@@ -110,6 +112,18 @@ def test_the_same_tokens_give_the_same_bits() -> None:
     for model in models:
         quantize_in_memory(model, Recipe.parse("aligned:w4a16-g16-asym"))
     states = [model.state_dict() for model in models]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "opt", "mixtral", "gpt_neox"])
+def test_answering_for_settled_modules_changes_no_bit(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for endings in (True, False):
+        model = copy.deepcopy(tiny(model_type))
+        if not endings:
+            monkeypatch.setattr(quantize, "watching_endings", lambda *_: nullcontext([]))
+        quantize_in_memory(model, Recipe.parse("aligned:w4a16-g16-asym"), batches=list(TOKENS.split(1)))
+        states.append(model.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 

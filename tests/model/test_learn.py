@@ -84,6 +84,14 @@ def test_learning_lowers_kl_on_windows_it_did_not_see_and_leaves_quantized_layer
     assert all(torch.equal(p, p.bfloat16().float()) for name, p in model.named_parameters() if "norm" in name)
 
 
+def test_learning_begins_with_the_kl_of_the_model_it_was_given() -> None:
+    original, model = _quantized("aligned:w3a16-g16-asym")
+    with torch.no_grad():
+        logits, wanted = (m(input_ids=IDS[-4:]).logits for m in (model, original))
+    found = learn(model, original, IDS, Learning(steps=1, held_out=4))
+    assert found.before == pytest.approx(kl_divergence(wanted, logits).mean().item(), rel=1e-4)
+
+
 def test_learning_that_only_harms_gives_back_the_model_it_was_given() -> None:
     original, model = _quantized("gptq:w4a16-g16")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

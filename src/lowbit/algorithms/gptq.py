@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowbit.algorithms.blocks import divisor_of
 from lowbit.algorithms.columns import PANEL, PLAIN, Columns
+from lowbit.algorithms.joint import Joint, descend_jointly
 from lowbit.algorithms.polish import polish
 from lowbit.algorithms.scales import ScaleSearch, search_scale
 from lowbit.algorithms.solution import Solution
@@ -51,6 +52,7 @@ def solve_gptq(
     dtype: torch.dtype,
     options: GptqOptions | None = None,
     columns: Columns = PLAIN,
+    joint: tuple[Tensor, Joint] | None = None,
 ) -> Solution:
     """Codes, scale and zero-point for w [N, K] given second_moment [K, K] = E[x x^T].
 
@@ -71,6 +73,8 @@ def solve_gptq(
     q = _round_columns(w, factor, scale, zero, scheme, order, options.block, columns)
     if options.polish:
         q, scale = polish(w, moment, q, scale, zero, scheme, order, options.polish, columns)
+    if joint is not None:
+        q, scale = descend_jointly(w, moment, joint[0], q, scale, zero, scheme, order, columns, joint[1])
     divisor = divisor_of(w, scheme.format, options.search is not None)
     return Solution(q, scale, zero, decode(q, scale, zero, scheme), damping, divisor)
 

@@ -10,7 +10,7 @@ h + y is the input of another module or the block's output; or the block's outpu
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowbit.observe.blocks import Block, BlockStream, hidden_states
 from lowbit.observe.capture import StopForward
+from lowbit.observe.endings import Ending, Replays, replaying
 
 BLOCK_INPUT = ""  # the name that stands for the block's own input in `residual_sources`
 
@@ -40,12 +41,36 @@ class Twin:
         self.noisy, self.clean = noisy, clean
         clean.module = copy.deepcopy(noisy.module)
         self.sources: dict[str, str] = {}  # what residual_sources found, where the recipe asks for it
+        self._replays: tuple[tuple[Block, Replays], ...] = ()
 
-    def observe(self, leads: Sequence[str], receive: Receive) -> None:
-        """Call receive(name, batch, clean, noisy) for each of these linears, in order of execution, and each batch."""
+    @contextmanager
+    def replaying(self, endings: Sequence[Ending]) -> Iterator[None]:
+        """Inside, `settle` may shorten both streams' forwards by these endings of the block (observe/endings.py)."""
+        # a module that holds the input of a sum has to run in full
+        kept = [e for e in endings if not any(source.startswith(f"{e.module}.") for source in self.sources.values())]
+        with replaying(self.noisy, kept) as noisy, replaying(self.clean, kept) as clean:
+            self._replays = (self.noisy, noisy), (self.clean, clean)
+            yield
+        self._replays = ()
+
+    def settle(self, name: str) -> None:
+        """The linear `name` has its final weight in both blocks."""
+        for _, replays in self._replays:
+            replays.settle(name)
+
+    def observe(self, leads: Sequence[str], receive: Receive, final: Sequence[str] = ()) -> None:
+        """Call receive(name, batch, clean, noisy) for each of these linears, in order of execution, and each batch.
+
+        final: linears that read what the last of the leads reads, which won't change any more.
+        """
         for batch in range(self.noisy.batches):
+            self.noisy.batch = self.clean.batch = batch
             clean = _captured(self.clean, batch, leads, self.sources)
             noisy = _captured(self.noisy, batch, leads, self.sources)
+            for block, replays in self._replays if leads[-1] in clean and leads[-1] in noisy else ():
+                x = (noisy if block is self.noisy else clean)[leads[-1]].x
+                for name in final:
+                    replays.keep(name, x)
             for name in leads:
                 if name in clean and name in noisy:
                     receive(name, batch, clean[name], noisy[name])
@@ -132,9 +157,12 @@ def _same(a: Tensor, b: Tensor, y: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).float().abs().mean() <= 0.05 * y.float().abs().mean())
 
 
-def twins(noisy: BlockStream, clean: BlockStream) -> Iterator[Twin]:
-    """The blocks of two streams over one model, side by side."""
+def twins(
+    noisy: BlockStream, clean: BlockStream, prepare: Callable[[nn.Module], None] = lambda block: None
+) -> Iterator[Twin]:
+    """The blocks of two streams over one model, side by side, each after `prepare` was called with it."""
     for left, right in zip(noisy, clean, strict=True):
+        prepare(left.module)
         yield Twin(left, right)
-        if right.index + 1 < len(clean):
+        if right.index + 1 < len(clean) and not right.advanced:
             right.advance()

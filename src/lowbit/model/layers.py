@@ -12,6 +12,7 @@ from lowbit.algorithms.choose import Moments, solve_best
 from lowbit.algorithms.columns import PLAIN, Columns
 from lowbit.algorithms.correction import corrected_bias
 from lowbit.algorithms.gptq import solve_gptq
+from lowbit.algorithms.hqq import solve_hqq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
@@ -19,6 +20,7 @@ from lowbit.errors import InputError
 from lowbit.kernels.ops import rotate
 from lowbit.model.recipe import ALIGNED_METHODS, MOMENT_METHODS, Recipe
 from lowbit.model.rungs import errors_below
+from lowbit.model.sensitivity import Sensed
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.rotated import rotation_of
@@ -110,6 +112,7 @@ class LayerLog:
     untied: bool = False  # the head has a weight of its own now
     seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
     observed: bool = False
+    sensed: dict[str, Sensed] = field(default_factory=dict)
 
     def statistics(
         self, in_features: int, scheme: QuantScheme, device: torch.device, rotation: Hadamard | None = None
@@ -137,10 +140,16 @@ class LayerLog:
             return solve_rtn(w, scheme.weights, self.scale_dtype, ScaleSearch(), importance), method
         if method in ("gptq", "smooth", *ALIGNED_METHODS):
             assert moment is not None
-            solution = solve_gptq(w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq, columns_for(w.device))
+            outputs = self.sensed[name].outputs if name in self.sensed else None
+            joint = None if outputs is None or self.recipe.joint is None else (outputs.to(w.device), self.recipe.joint)
+            solution = solve_gptq(
+                w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq, columns_for(w.device), joint
+            )
             if solution.damping != self.recipe.gptq.damping:
                 self.warnings.append(f"{name}: its second moment needed damping {solution.damping:g}")
             return solution, method
+        if method == "hqq":
+            return solve_hqq(w, scheme.weights, self.scale_dtype), method
         search = CLIP_SEARCH if method == "rtn-clip" else None
         return solve_rtn(w, scheme.weights, self.scale_dtype, search), method
 

@@ -7,7 +7,7 @@ lowest KL there is kept: learning never returns a model that is worse on them th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from lowbit.numerics.metrics import kl_divergence
 class Learning:
     """steps of `windows` windows each; rates are the first step's, falling linearly to zero.
 
-    rate moves codes, in steps of the grid; gain_rate and norm_rate are relative. held_out: windows that judge, fewer
-    where there are few. stored: the dtype in which norms will be written.
+    rate moves codes, in steps of the grid; gain_rate and norm_rate are relative. spread: how near to its edges a code
+    begins (nn/rounding.py). held_out: windows that judge, fewer where there are few. stored: the dtype in which norms
+    will be written.
     """
 
     steps: int = 300
@@ -31,11 +32,16 @@ class Learning:
     rate: float = 0.005
     gain_rate: float = 0.0005
     norm_rate: float = 0.0005
+    spread: float = 1.0
     held_out: int = 8
     checks: int = 10
     sign: bool = False
     seed: int = 0
     stored: torch.dtype = torch.bfloat16
+
+
+Wanted = Callable[[Tensor], Tensor]
+"""The original's logits [b, T, V] for calibration windows of these numbers, int64 [b]."""
 
 
 @dataclass(frozen=True)
@@ -54,34 +60,41 @@ def learn(
     ids: Tensor,
     options: Learning,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    wanted: Wanted | None = None,
 ) -> Learned:
     """Improve the quantized layers of `model` in place; ids [samples, T]; original is the float model, on its device.
 
     Layers that are not integers are left alone. The norms of the model are learned as far as they are 1-D parameters.
+    wanted: what the original answers, where that is known already; else it runs along.
     """
     apart = min(options.held_out, len(ids) // 4)
     if not apart:
         raise InputError(f"learning needs 4 or more calibration windows to judge itself, not {len(ids)}: --samples 64")
-    train, held_out = ids[:-apart], ids[-apart:]
-    softened = _soften(model, original)
+    device = next(model.parameters()).device
+    answers = wanted or _answers(original, ids, device)
+    train, held_out = torch.arange(len(ids)).split([len(ids) - apart, apart])
+
+    def divergence(numbers: Tensor) -> Tensor:
+        return _divergence(model, ids[numbers].to(device), answers(numbers))
+
+    softened = _soften(model, original, options.spread)
     groups = _parameters(model, softened, options)
-    best = before = _held_out(model, original, held_out)
+    best = before = _held_out(divergence, held_out)
     best_state, best_step = _state(groups), 0
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / options.steps, 0.0))
     order = _order(len(train), options)
     every = max(options.steps // options.checks, 1)
     for step in range(1, options.steps + 1):
-        batch = train[next(order)].to(next(model.parameters()).device)
         optimizer.zero_grad()
-        _divergence(model, original, batch).mean().backward()
+        divergence(train[next(order)]).mean().backward()
         if options.sign:
             _sign_step(optimizer)
         else:
             optimizer.step()
         schedule.step()
         if step % every == 0:
-            now = _held_out(model, original, held_out)
+            now = _held_out(divergence, held_out)
             if now < best:
                 best, best_state, best_step = now, _state(groups), step
             progress("learning", step, options.steps)
@@ -95,12 +108,12 @@ def learn(
     return Learned(before, best, best_step, frozenset(rewritten) if best_step else frozenset())
 
 
-def _soften(model: nn.Module, original: nn.Module) -> dict[str, RoundingLinear]:
+def _soften(model: nn.Module, original: nn.Module, spread: float) -> dict[str, RoundingLinear]:
     """Replace each integer QuantLinear by a RoundingLinear; name -> layer."""
     found = {}
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear) and layer.scheme.weights.format.kind == "int":
-            found[name] = RoundingLinear(layer, original.get_submodule(name).get_parameter("weight"))
+            found[name] = RoundingLinear(layer, original.get_submodule(name).get_parameter("weight"), spread)
             _put(model, name, found[name])
     return found
 
@@ -132,20 +145,31 @@ def _order(samples: int, options: Learning) -> Iterator[Tensor]:
         yield from torch.randperm(samples, generator=generator).split(min(options.windows, samples))
 
 
-def _divergence(model: nn.Module, original: nn.Module, batch: Tensor) -> Tensor:
-    """KL(original || model) of each token of batch [b, T]: [b, T] float32."""
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type == "cuda"):
-        with torch.no_grad():
-            wanted = original(input_ids=batch, use_cache=False).logits
+def _answers(original: nn.Module, ids: Tensor, device: torch.device) -> Wanted:
+    """The original running along."""
+
+    @torch.no_grad()
+    def answers(numbers: Tensor) -> Tensor:
+        with _precision(device):
+            return cast("Tensor", original(input_ids=ids[numbers].to(device), use_cache=False).logits)
+
+    return answers
+
+
+def _precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _divergence(model: nn.Module, batch: Tensor, wanted: Tensor) -> Tensor:
+    """KL(wanted || model) of each token of batch [b, T]: [b, T] float32."""
+    with _precision(batch.device):
         logits = model(input_ids=batch, use_cache=False).logits
     return kl_divergence(wanted, logits)
 
 
 @torch.no_grad()
-def _held_out(model: nn.Module, original: nn.Module, ids: Tensor) -> float:
-    device = next(model.parameters()).device
-    sums = [_divergence(model, original, batch.to(device)).sum() for batch in ids.split(4)]
-    return torch.stack(sums).sum().item() / ids.numel()
+def _held_out(divergence: Callable[[Tensor], Tensor], numbers: Tensor) -> float:
+    return torch.cat([divergence(part).mean(-1) for part in numbers.split(4)]).mean().item()
 
 
 @torch.no_grad()

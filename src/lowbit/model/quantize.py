@@ -9,6 +9,7 @@ that needs no statistics runs no forward at all.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import cast
 
@@ -26,6 +27,7 @@ from lowbit.model.recipe import MOMENT_METHODS, SMOOTHING_METHODS, Recipe
 from lowbit.model.rotate import rotate_model
 from lowbit.model.rotation import Rotation
 from lowbit.model.select import Selection
+from lowbit.model.sensitivity import sense
 from lowbit.nn.rotated import rotation_of
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
@@ -70,12 +72,19 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     log = LayerLog(job.recipe, job.scale_dtype)
     if job.recipe.rotation is not None:
         _rotate(model, job, job.recipe.rotation, log)
+    if job.recipe.sensitivity is not None:
+        log.sensed = sense(model, list(job.selection.schemes), job.batches, job.recipe.sensitivity)
     blocks_name, blocks = find_blocks(model)
     depth = 1 + max(index for index in range(len(blocks)) if index == 0 or _inside(job, f"{blocks_name}.{index}"))
     outside = [name for name in job.selection.schemes if not name.startswith(f"{blocks_name}.")]
     if job.recipe.correction is not None:
-        with _stream(model, job) as noisy, _stream(model, job) as clean:
-            for twin in islice(twins(noisy, clean), depth):
+        with (
+            parked(blocks, job.scale_dtype) as take_out,
+            _stream(model, job) as noisy,
+            _stream(model, job) as clean,
+        ):
+            give_back()
+            for twin in islice(twins(noisy, clean, take_out), depth):
                 _quantize_twin(twin, _inside(job, twin.noisy.name), log)
                 give_back()
                 job.progress("quantizing", twin.noisy.index + 1, depth)
@@ -168,19 +177,29 @@ def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -
     """Quantize a block whose inputs are seen beside the original's; experts without that comparison."""
     block = twin.noisy
     linears, experts = _split(block.module, schemes)
-    groups, idle = input_groups(block, linears)
+    with watching_endings(block, linears) as endings:
+        groups, idle = input_groups(block, linears)
     correction = log.recipe.correction
     assert correction is not None
     if correction.residual:
         twin.sources = residual_sources(twin.clean, linears)
     steps = [[group] for group in groups] if correction.sequential else [groups]
-    for step in steps:
-        statistics = _observe_twin(twin, step, idle, schemes, log)
-        for group in step:
-            _solve_group(block, group, schemes, statistics.get(group[0]), log)
-    expert_statistics = _observe_experts(block, experts, schemes, log) if experts else {}
-    for name in experts:
-        solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
+    if log.sensed:  # each linear has its own tokens' weights
+        steps = [[[name] for group in step for name in group] for step in steps]
+    with keeping_decoded(), twin.replaying(endings):
+        for step in steps:
+            statistics = _observe_twin(twin, step, idle, schemes, log)
+            give_back()  # the forwards' short-lived tensors, before the solver's
+            for group in step:
+                _solve_group(block, group, schemes, statistics.get(group[0]), log)
+            for name in step[0] if len(step) == 1 else ():
+                twin.settle(name)
+        expert_statistics = _observe_experts(block, experts, schemes, log) if experts else {}
+        for name in experts:
+            solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
+        if not block.is_last:
+            block.advance()
+            twin.clean.advance()
 
 
 def _observe_twin(
@@ -203,17 +222,26 @@ def _observe_twin(
             observed = observed.held_out
         try:
             read = observed.as_read(noisy.x)
-            observed.update(noisy.x, read)
+            weighted = partial(_weighted, log, f"{block.name}.{name}", batch)
+            x = weighted(read)
+            observed.update(noisy.x, x)
             if observed.shift is not None:
-                observed.shift.update(observed.turned(clean.x) - read, read)
+                observed.shift.update(weighted(observed.turned(clean.x) - read), x)
             if observed.residual is not None and clean.residual is not None and noisy.residual is not None:
-                observed.residual.update(clean.residual - noisy.residual, read)
+                observed.residual.update(weighted(clean.residual - noisy.residual), x)
         except InputError as error:
             raise InputError(f"the input of {block.name}.{name}: {error}") from error
 
     if leads:
-        twin.observe(leads, receive)
+        twin.observe(leads, receive, groups[0] if len(groups) == 1 else ())
     return statistics
+
+
+def _weighted(log: LayerLog, name: str, batch: int, x: Tensor) -> Tensor:
+    """x [..., K] times the square root of each token's weight; x itself where tokens are alike."""
+    if name not in log.sensed:
+        return x
+    return x * log.sensed[name].tokens[batch].sqrt().to(x.device).view(*x.shape[:-1], 1)
 
 
 def _twin_statistics(linear: nn.Linear, scheme: QuantScheme, writes_residual: bool, log: LayerLog) -> Statistics:

@@ -2,6 +2,7 @@
 
     rtn          nearest code, scales from the smallest and largest weight; needs no data
     rtn-clip     nearest code, scales by clip search on |error|^2.4; needs no data
+    hqq          nearest code, scales by half-quadratic splitting for |error|^0.7 (algorithms/hqq.py); needs no data
     rtn-weighted nearest code, scales by clip search weighted with the inputs' mean squares
     gptq         error feedback on the second moment of the inputs, scales searched under its diagonal
     awq          rtn-weighted after smoothing for the weights (algorithms/smooth.py, model/fold.py)
@@ -20,18 +21,20 @@ from dataclasses import dataclass, field, replace
 from lowbit.algorithms.blocks import is_blocks
 from lowbit.algorithms.correction import Correction
 from lowbit.algorithms.gptq import GptqOptions
+from lowbit.algorithms.joint import Joint
 from lowbit.errors import InputError, SchemeError
 from lowbit.model.learn import Learning
 from lowbit.model.rotation import Rotation
 from lowbit.model.select import Rule
+from lowbit.model.sensitivity import Sensitivity
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 
-METHODS = ("rtn", "rtn-clip", "rtn-weighted", "awq", "gptq", "smooth", "rotate", "aligned", "chosen", "learned")
+METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", "rotate", "aligned", "chosen", "learned")
 ALIGNED_METHODS = ("rotate", "aligned", "chosen", "learned")
 SMOOTHING_METHODS = ("awq", "smooth")
 MOMENT_METHODS = ("rtn-weighted", "gptq", *SMOOTHING_METHODS, *ALIGNED_METHODS)
-POLISH = 2  # rounds; from 3 to 6 gained 1 % more (docs/log-accuracy.md)
+POLISH = 3  # rounds; 6 gained 1 % more (docs/log-accuracy.md)
 EFFORTS = ("rtn", "rtn-weighted", "aligned", "chosen", "learned")
 
 
@@ -51,6 +54,8 @@ class Recipe:
     correction: Correction | None = None
     learning: Learning | None = None
     rotation: Rotation | None = None
+    sensitivity: Sensitivity | None = None
+    joint: Joint | None = None
     effort: int | None = None
 
     def __post_init__(self) -> None:
