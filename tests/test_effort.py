@@ -1,4 +1,4 @@
-"""Rungs of --effort. Oracle: the two rungs run and judged one by one."""
+"""Rungs of --effort. Oracle: the rungs run and judged one by one."""
 
 import copy
 import dataclasses
@@ -34,11 +34,11 @@ def _job(model: PreTrainedModel, recipe: Recipe) -> Job:
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_the_rung_with_the_lower_kl_on_windows_kept_apart_is_kept(level: int) -> None:
+def test_the_rung_with_the_lowest_kl_on_windows_kept_apart_is_kept(level: int) -> None:
     original = _original()
     reference = judge.Reference.of(original, Tokens(IDS[-2:], "kept apart"))
     found = {}
-    for one in (level - 1, level):
+    for one in range(level + 1):
         model, recipe = copy.deepcopy(original), Recipe.at_effort(SCHEME, one)
         effort.run(model, _job(model, dataclasses.replace(recipe, effort=None)), IDS[:-2])
         found[one] = judge.fidelity(model, reference).kld
@@ -51,16 +51,16 @@ def test_the_rung_with_the_lower_kl_on_windows_kept_apart_is_kept(level: int) ->
     assert any(f"effort {level} ({EFFORTS[level]}) reached KL {found[level]:.4f}" in line for line in said)
 
 
-def test_a_rung_that_harms_gives_way_to_the_one_below_and_says_so() -> None:
+def test_a_rung_that_harms_gives_way_to_one_below_and_says_so() -> None:
     original = _original()
     model = copy.deepcopy(original)
     harmful = dataclasses.replace(Recipe.at_effort(SCHEME, 2), correction=Correction(strength=40.0))
     outcome = effort.run(model, _job(model, harmful), IDS)
-    assert outcome.recipe.method == "rtn-weighted"
-    assert outcome.log.warnings[-1].endswith("effort 1 was kept")
+    assert outcome.recipe.method in ("rtn", "rtn-weighted")
+    assert outcome.log.warnings[-1].endswith(f"effort {outcome.recipe.effort} was kept")
     with torch.no_grad():
         below = copy.deepcopy(original)
-        effort.run(below, _job(below, Recipe(SCHEME, "rtn-weighted")), IDS[:-2])
+        effort.run(below, _job(below, Recipe(SCHEME, outcome.recipe.method)), IDS[:-2])
         assert torch.equal(model(input_ids=IDS).logits, below(input_ids=IDS).logits)
 
 

@@ -1,7 +1,7 @@
-"""Run a recipe, and hold it to its rung: never worse than the rung below.
+"""Run a recipe, and hold it to its rung: never worse than any rung below.
 
-A recipe that came from `--effort` keeps some calibration windows apart. The rung below is run too, on a copy of the
-model; both are judged by KL on the windows kept apart, and the lower one stays. The report says which, and the numbers.
+A recipe that came from `--effort` keeps some calibration windows apart. The rungs below are run too, on copies of the
+model; all are judged by KL on the windows kept apart, and the lowest stays. The report says which, and the numbers.
 """
 
 import copy
@@ -43,19 +43,29 @@ def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
     model.to(job.device)  # type: ignore[arg-type]
     reference = judge.Reference.of(model, held_out)
     model.to("cpu")  # type: ignore[arg-type]
-    lower = Recipe.at_effort(job.recipe.scheme, job.recipe.effort - 1, job.recipe.rules, job.recipe.observer)
-    other = copy.deepcopy(model)
-    lower_log = _run_one(other, replace(job, recipe=lower), kept)
+    best: tuple[float, PreTrainedModel, Outcome] | None = None
+    words = []
+    for level in range(job.recipe.effort):
+        lower = Recipe.at_effort(job.recipe.scheme, level, job.recipe.rules, job.recipe.observer)
+        other = copy.deepcopy(model)
+        log = _run_one(other, replace(job, recipe=lower), kept)
+        below = _distance(other, reference)
+        words.insert(0, f"effort {level} ({lower.method}) {below:.4f}")
+        if best is None or below <= best[0]:
+            best = below, other, Outcome(lower, log)
+        del other
     log = _run_one(model, job, kept)
-    found, below = _distance(model, reference), _distance(other, reference)
-    words = f"effort {job.recipe.effort} ({job.recipe.method}) reached KL {found:.4f} on {apart} windows kept apart, "
-    words += f"effort {lower.effort} ({lower.method}) {below:.4f}"
-    if below < found:
-        _become(model, other)
-        lower_log.warnings.append(f"{words}: effort {lower.effort} was kept")
-        return Outcome(lower, lower_log)
-    log.notes.append(words)
-    log.records = with_lower_run(log.records, lower_log.records)
+    found = _distance(model, reference)
+    words.insert(
+        0, f"effort {job.recipe.effort} ({job.recipe.method}) reached KL {found:.4f} on {apart} windows kept apart"
+    )
+    if best is not None and best[0] < found:
+        _become(model, best[1])
+        best[2].log.warnings.append(f"{', '.join(words)}: effort {best[2].recipe.effort} was kept")
+        return best[2]
+    log.notes.append(", ".join(words))
+    if best is not None:
+        log.records = with_lower_run(log.records, best[2].log.records)
     return Outcome(job.recipe, log)
 
 
