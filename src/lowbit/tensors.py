@@ -56,9 +56,23 @@ class PackedWeight:
     order: Tensor | None = None
 
     @classmethod
-    def from_codes(cls, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> "PackedWeight":
-        """Pack integer or fp8 codes q [N, K] with their scale and zero-point (numerics/affine.py)."""
+    def from_codes(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        scheme: QuantScheme,
+        global_scale: Tensor | None = None,
+    ) -> "PackedWeight":
+        """Pack integer or fp8 codes q [N, K] with their scale and zero-point (numerics/affine.py).
+
+        nvfp4 and mxfp4: q holds levels, scale their multipliers, global_scale nvfp4's divisor (algorithms/blocks.py).
+        """
         rows, columns = q.shape
+        if storage_of(scheme) == "pairs":
+            stored = microscale.stored_scale(scale, scheme.weights.format, global_scale)
+            codes = microscale.pack_pairs(microscale.codes_of_levels(q))
+            return cls(scheme, (rows, columns), codes, stored, global_scale=global_scale)
         if storage_of(scheme) == "packed":
             bits = scheme.weights.bits
             if zero is not None and zero.dim() == 2:

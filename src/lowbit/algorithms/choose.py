@@ -79,10 +79,12 @@ def _rows_of(better: Solution, other: Solution, chosen: Tensor) -> Solution:
 
     zero = None if better.zero is None or other.zero is None else pick(better.zero, other.zero)
     damping = max(better.damping or 0.0, other.damping or 0.0)
+    divisors = [part.global_scale for part in (better, other) if part.global_scale is not None]
     return Solution(
         pick(better.q, other.q),
         pick(better.scale, other.scale),
         zero,
         pick(better.dequantized, other.dequantized),
         damping,
+        torch.stack(divisors).amin(0) if divisors else None,  # powers of two: all scales stand under the smaller one
     )

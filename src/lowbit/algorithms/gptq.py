@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.blocks import divisor_of
 from lowbit.algorithms.columns import PANEL, PLAIN, Columns
 from lowbit.algorithms.polish import polish
 from lowbit.algorithms.scales import ScaleSearch, search_scale
@@ -70,7 +71,8 @@ def solve_gptq(
     q = _round_columns(w, factor, scale, zero, scheme, order, options.block, columns)
     if options.polish:
         q, scale = polish(w, moment, q, scale, zero, scheme, order, options.polish, columns)
-    return Solution(q, scale, zero, decode(q, scale, zero, scheme), damping)
+    divisor = divisor_of(w, scheme.format, options.search is not None)
+    return Solution(q, scale, zero, decode(q, scale, zero, scheme), damping, divisor)
 
 
 def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -105,12 +107,13 @@ def _round_columns(
     block: int,
     loops: Columns,
 ) -> Tensor:
-    """Codes int8 [N, K] in natural column order. Works on the transpose, whose rows (columns of w) are contiguous."""
+    """Codes [N, K] (int8, or levels in float8_e4m3fn) in natural column order. Works on the transpose, whose rows (columns of w) are contiguous."""
     rows, columns = w.shape
     left = w.T[order].contiguous()  # [N, K] -> [K, N], in solving order
     steps = per_column(scale, scheme, w.shape)[order]
     shifts = torch.zeros_like(steps) if zero is None else per_column(zero, scheme, w.shape)[order]
-    q = torch.empty(columns, rows, dtype=torch.int8, device=w.device)
+    is_int = scheme.format.kind == "int"
+    q = torch.empty(columns, rows, dtype=torch.int8 if is_int else torch.float32, device=w.device)
     for start in range(0, columns, block):
         part = slice(start, min(start + block, columns))
         codes, errors = loops.round_panel(left[part], factor[part, part], steps[part], shifts[part], scheme.format)
@@ -118,4 +121,4 @@ def _round_columns(
         left[part.stop :].addmm_(factor[part, part.stop :].T, errors, alpha=-1)
     natural = torch.empty_like(q)
     natural[order] = q
-    return natural.T.contiguous()  # [K, N] -> [N, K]
+    return natural.T.contiguous().to(torch.int8 if is_int else torch.float8_e4m3fn)  # [K, N] -> [N, K]

@@ -15,7 +15,9 @@ rounds take 8 to 11 % off GPTQ's f (docs/log-accuracy.md).
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.blocks import divisor_of, is_blocks
 from lowbit.algorithms.columns import PANEL, Columns
+from lowbit.numerics import microscale
 from lowbit.numerics.affine import decode, group_view, per_column
 from lowbit.numerics.scheme import TensorScheme
 
@@ -79,6 +81,8 @@ def refit_scale(
     ridge = torch.where(empty, 1.0, 1e-6 * diagonal)  # H need not be definite
     solved = torch.linalg.solve(left + torch.diag_embed(ridge), right)
     fitted = solved.reshape(scale.shape).to(scale.dtype)
+    if is_blocks(scheme.format):
+        fitted = microscale.snap(fitted, scheme.format, divisor_of(w, scheme.format, True))
     keep = empty.reshape(scale.shape) | ~fitted.isfinite() | (fitted * scale.sign() <= 0)
     return torch.where(keep, scale, fitted)
 
@@ -103,7 +107,7 @@ def descend(
     """Codes int8 [N, K] after each column, in this order, took the best code beside all the others."""
     steps = per_column(scale, scheme, w.shape)[order]  # [K, N]
     shifts = torch.zeros_like(steps) if zero is None else per_column(zero, scheme, w.shape)[order]
-    codes = q.T[order].float()
+    codes = q.float().T[order]
     moment = moment[order][:, order]
     gradient = moment @ ((codes - shifts) * steps - w.T[order])  # [K, N]
     for start in range(0, len(order), PANEL):
@@ -113,6 +117,6 @@ def descend(
         )
         codes[part] = found
         gradient.addmm_(moment[:, part], moved)
-    natural = torch.empty_like(q.T)
-    natural[order] = codes.to(torch.int8)
-    return natural.T.contiguous()  # [K, N] -> [N, K]
+    natural = torch.empty_like(codes)
+    natural[order] = codes
+    return natural.T.contiguous().to(q.dtype)  # [K, N] -> [N, K]

@@ -6,6 +6,7 @@ The scale is that of the smallest and largest weight, or, with a search, the cli
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.blocks import divisor_of
 from lowbit.algorithms.scales import ScaleSearch, search_scale
 from lowbit.algorithms.solution import Solution
 from lowbit.numerics.affine import decode, encode
@@ -23,4 +24,5 @@ def solve_rtn(
     w = w.float()
     scale, zero = search_scale(w, scheme, dtype, search, importance)
     q = encode(w, scale, zero, scheme)
-    return Solution(q, scale, zero, decode(q, scale, zero, scheme))
+    divisor = divisor_of(w, scheme.format, search is not None)
+    return Solution(q, scale, zero, decode(q, scale, zero, scheme), global_scale=divisor)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.blocks import divisor_of, is_blocks, plain_blocks, search_blocks
 from lowbit.numerics.affine import choose_scale, group_view, round_to, value_range
 from lowbit.numerics.scheme import TensorScheme
 
@@ -34,8 +35,14 @@ def search_scale(
 ) -> tuple[Tensor, Tensor | None]:
     """(scale in `dtype`, zero) for w [N, K] float32 with the least weighted error; min/max scales when search is None.
 
-    importance [K] float32 >= 0, or None for equal weights. Shapes of scale and zero as in numerics/affine.py.
+    importance [K] float32 >= 0, or None for equal weights. Shapes of scale and zero as in numerics/affine.py; for nvfp4
+    and mxfp4 the scale is the float32 multiplier that the stored one stands for (algorithms/blocks.py).
     """
+    if is_blocks(scheme.format):
+        divisor = divisor_of(w, scheme.format, search is not None)
+        if search is None:
+            return plain_blocks(group_view(w.float(), scheme).abs().amax(-1), scheme.format, divisor), None
+        return search_blocks(w, scheme, search.norm, importance, divisor), None
     low, high = value_range(w, scheme)
     best_scale, best_zero = choose_scale(low, high, scheme, dtype)
     if search is None:

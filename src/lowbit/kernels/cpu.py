@@ -22,6 +22,8 @@ def int8_refusal(x: Tensor, weight: PackedWeight) -> str | None:
         return f"weights under {weight.scheme} are not symmetric int8 codes"
     if weight.scheme.weights.granularity == "group":
         return f"{weight.scheme} has a scale per group, inside the integer sum"
+    if (activations := weight.scheme.activations) is not None and activations.bits != 8:
+        return f"{weight.scheme} does not round activations to int8"
     if weight.shape[1] == 1:
         return "torch._int_mm reads beyond a matrix of one column (torch 2.13)"
     return None

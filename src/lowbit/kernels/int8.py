@@ -78,6 +78,9 @@ def weight_refusal(weight: PackedWeight) -> str | None:
         return f"weights under {weight.scheme} are not symmetric int8 codes"
     if weight.scheme.weights.granularity == "group":
         return f"{weight.scheme} has a scale per group, inside the integer sum"
+    activations = weight.scheme.activations
+    if activations is not None and (activations.bits != 8 or activations.searched):
+        return f"{weight.scheme} does not round activations to int8 by their largest value"
     if weight.shape[1] > LARGEST_K:
         return f"in_features {weight.shape[1]} is above {LARGEST_K}, and an int32 sum may overflow"
     return None

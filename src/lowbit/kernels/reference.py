@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from lowbit.numerics import microscale
-from lowbit.numerics.affine import choose_scale, decode, encode, group_view, value_range
+from lowbit.numerics.dynamic import dynamic_scale, round_activations
 from lowbit.numerics.scheme import TensorScheme
 from lowbit.tensors import PackedWeight
 
@@ -32,7 +31,7 @@ def activation_scale(
     """(scale, zero) for activations x [M, K]: the calibrated ones [1] where given, else [M, 1] from x itself."""
     if static_scale is not None:
         return static_scale, static_zero
-    return choose_scale(*value_range(x, scheme), scheme, x.dtype)
+    return dynamic_scale(x, scheme)
 
 
 _Decoded = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]  # by the codes' address; the codes, their weight
@@ -76,27 +75,14 @@ def wa8_linear(
     static_scale: Tensor | None = None,
     static_zero: Tensor | None = None,
 ) -> Tensor:
-    """x [M, K] quantized to 8 bits and back, times the dequantized weight [N, K], transposed: [M, N] in x's dtype."""
+    """x [M, K] quantized and back, times the dequantized weight [N, K], transposed: [M, N] in x's dtype."""
     scheme = weight.scheme.activations
     assert scheme is not None
-    if scheme.format.bits == 4:
-        rounded = _round_to_pairs(x, scheme, static_scale)
-    else:
-        columns = x.shape[1]
-        if scheme.granularity == "group" and columns % (scheme.group_size or 1):  # the last tile may be narrower
-            x = pad(x, (0, -columns % (scheme.group_size or 1)))
-        scale, zero = activation_scale(x, scheme, static_scale, static_zero)
-        rounded = decode(encode(x, scale, zero, scheme), scale, zero, scheme)[:, :columns]
+    columns = x.shape[1]
+    if scheme.granularity == "group" and columns % (scheme.group_size or 1):  # the last tile may be narrower
+        x = pad(x, (0, -columns % (scheme.group_size or 1)))
+    rounded = round_activations(x, scheme, static_scale, static_zero)[:, :columns]
     return linear(rounded.to(x.dtype), _decoded(weight, x.dtype), bias)
-
-
-def _round_to_pairs(x: Tensor, scheme: TensorScheme, global_scale: Tensor | None) -> Tensor:
-    """x [M, K] after a trip through nvfp4 (under the calibrated global_scale, or that of x) or mxfp4: float32."""
-    if scheme.format.name == "nvfp4" and global_scale is None:
-        global_scale = microscale.choose_global_scale(x)
-    largest = group_view(x.float(), scheme).abs().amax(-1)  # [M, K] -> [M, K/G]
-    scale = microscale.choose_scale(largest, scheme.format, global_scale)
-    return microscale.decode(microscale.encode(x, scale, global_scale), scale, global_scale)
 
 
 def int8_outlier_linear(

@@ -247,7 +247,7 @@ def _packed(solution: Solution, rows: slice, scheme: QuantScheme) -> PackedWeigh
     per_row = solution.scale.dim() == 2
     scale = solution.scale[rows] if per_row else solution.scale
     zero = solution.zero if solution.zero is None or not per_row else solution.zero[rows]
-    return PackedWeight.from_codes(solution.q[rows], scale, zero, scheme)
+    return PackedWeight.from_codes(solution.q[rows], scale, zero, scheme, solution.global_scale)
 
 
 def _put(module: nn.Module, name: str, layer: nn.Module) -> None:

@@ -16,6 +16,7 @@ result is compared with that of the rung below (effort.py).
 
 from dataclasses import dataclass, field, replace
 
+from lowbit.algorithms.blocks import is_blocks
 from lowbit.algorithms.correction import Correction
 from lowbit.algorithms.gptq import GptqOptions
 from lowbit.errors import InputError, SchemeError
@@ -56,9 +57,11 @@ class Recipe:
             raise InputError(f"unknown observer {self.observer!r}; choose one of {', '.join(OBSERVERS)}")
         schemes = [self.scheme, *(rule.scheme for rule in self.rules if rule.scheme)]
         for scheme in schemes:
-            if self.method != "rtn" and scheme.weights.format.kind != "int":
+            weights = scheme.weights.format
+            if self.method != "rtn" and not (weights.kind == "int" or is_blocks(weights)):
                 raise SchemeError(
-                    f"{self.method} works on integer grids, and {scheme} is none; use --method rtn with it"
+                    f"{self.method} works on integer grids and on nvfp4 and mxfp4, and {scheme} is none; "
+                    "use --method rtn with it"
                 )
             if self.method == "smooth" and scheme.activations is None:
                 raise SchemeError(

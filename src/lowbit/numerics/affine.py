@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.formats import NumberFormat
+from lowbit.numerics.microscale import nearest_levels
 from lowbit.numerics.scheme import TensorScheme
 
 
@@ -109,7 +110,12 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) 
 
 
 def round_to(scaled: Tensor, number_format: NumberFormat) -> Tensor:
-    """The nearest codes of values already divided by their scale (float32, any shape); out of range saturates."""
+    """The nearest codes of values already divided by their scale (float32, any shape); out of range saturates.
+
+    int8, or float8_e4m3fn, which holds the levels of E2M1 exactly: there the code stands as its level.
+    """
+    if number_format.kind == "float" and number_format.bits == 4:
+        return nearest_levels(scaled).to(torch.float8_e4m3fn)
     clamped = scaled.clamp(number_format.low, number_format.high)
     if number_format.kind == "float":
         return clamped.to(torch.float8_e4m3fn)

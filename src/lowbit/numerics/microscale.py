@@ -27,6 +27,22 @@ def round_to_levels(x: Tensor) -> Tensor:
     return index | ((x < 0).to(torch.uint8) << 3)
 
 
+def nearest_levels(x: Tensor) -> Tensor:
+    """The E2M1 levels nearest to x, values already divided by their scale: float32; those of `round_to_levels`.
+
+    Levels are half-integers up to 2, integers up to 4, even up to 6, so a tie to even of x / step is a tie to the even
+    code.
+    """
+    size = x.float().abs().clamp(max=_LEVELS[-1])
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return ((size / step).round() * step).copysign(x.float())
+
+
+def codes_of_levels(levels: Tensor) -> Tensor:
+    """The E2M1 codes uint8 of levels (any float dtype), the sign of a negative zero with them."""
+    return round_to_levels(levels.float().abs()) | (levels.float().signbit().to(torch.uint8) << 3)
+
+
 def levels_of_codes(codes: Tensor) -> Tensor:
     """The float32 values of E2M1 codes uint8, any shape."""
     table = torch.tensor([*_LEVELS, *(-level for level in _LEVELS)], device=codes.device)
@@ -65,6 +81,32 @@ def choose_scale(largest: Tensor, number_format: NumberFormat, global_scale: Ten
     stored = scale.to(torch.float8_e4m3fn)
     epsilon = torch.full((), torch.finfo(torch.float8_e4m3fn).eps, device=scale.device).to(torch.float8_e4m3fn)
     return torch.where(stored.float() == 0, epsilon.float(), stored.float()).to(torch.float8_e4m3fn)
+
+
+def scale_pair(largest: Tensor, number_format: NumberFormat, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two stored scales for groups whose largest magnitude is `largest`, of which the better one should be taken.
+
+    nvfp4: the largest on level 6, or on level 4, where the levels around it lie closer. mxfp4: the exponent under which
+    it may saturate, and the next.
+    """
+    if number_format.name == "mxfp4":
+        exponent = (largest.float().view(torch.int32) >> 23) - _LARGEST_EXPONENT
+        return exponent.clamp(0, 254).to(torch.uint8), (exponent + 1).clamp(0, 254).to(torch.uint8)
+    on_four = choose_scale(largest * 1.5, number_format, global_scale)
+    return choose_scale(largest, number_format, global_scale), on_four
+
+
+def snap(scale: Tensor, number_format: NumberFormat, global_scale: Tensor | None) -> Tensor:
+    """The multipliers that a checkpoint can store nearest to `scale` float32, any shape, positive."""
+    return scale_values(stored_scale(scale, number_format, global_scale), global_scale)
+
+
+def stored_scale(scale: Tensor, number_format: NumberFormat, global_scale: Tensor | None) -> Tensor:
+    """What is stored for multipliers float32, exact for those that `snap` returned: uint8 or e4m3."""
+    if number_format.name == "mxfp4":
+        exponent = scale.float().clamp(min=2.0**-_SHARED_BIAS).log2().round().int() + _SHARED_BIAS
+        return exponent.clamp(0, 254).to(torch.uint8)
+    return choose_scale(scale.float() * number_format.high, number_format, global_scale)
 
 
 def choose_global_scale(x: Tensor) -> Tensor:

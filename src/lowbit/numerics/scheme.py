@@ -6,6 +6,7 @@
     w8a8                 int8 weights per channel x int8 activations per token, scaled at run time
     w8a8-dynamic-asym    activations with a zero-point per token
     w8a8-static          one activation scale per tensor, from calibration; w8a8-static-asym: with a zero-point
+    w4a8-g64, w4a4-g64   int4 weights in groups x int8 or int4 activations per token, scaled at run time
     nf4-b64, fp4-b64     16 levels, one absmax per 64 consecutive weights; -dq: the absmax in 8 bits (QLoRA)
     fp8                  e4m3 weights per channel x e4m3 activations per token; fp8a16: 16-bit activations
     fp8-tensor           one scale for the weights; fp8-tile128: one per 128 x 128 weights and per 128 activations
@@ -13,6 +14,8 @@
     nvfp4, mxfp4         E2M1 weights x E2M1 activations under small scales; nvfp4a16, mxfp4a16: weights only
     int8-t6              LLM.int8(): int8 weights per channel x int8 activations per token, but input columns with a
                          value of 6 or more are multiplied in 16 bits; int8-t0: no such columns
+    w4a4-g64-search      each scale of the activations is the best of a few at run time (numerics/dynamic.py); also
+                         nvfp4-search, mxfp4-search
     w4a16-g128-order     groups of columns that are not neighbours (GPTQ's act-order), told by weight_order
 
 A `-asym` after `-static` or `-dynamic` speaks of the activations, elsewhere of the weights.
@@ -28,17 +31,18 @@ from lowbit.numerics.formats import FP4, FP8_E4M3, INT_BITS, MXFP4, NF4, NVFP4, 
 Granularity = Literal["tensor", "channel", "group", "token", "block", "tile"]
 
 GRAMMAR = (
-    "w<bits>a16[-tensor|-g<size>][-asym] (bits 2 to 8), w<bits>a8[-tensor|-g<size>][-asym][-static|-dynamic][-asym], "
-    "nf4-b<size>[-dq], fp4-b<size>[-dq], fp8[a16][-tensor|-tile<size>][-static], nvfp4[a16], mxfp4[a16], "
+    "w<bits>a16[-tensor|-g<size>][-asym] (bits 2 to 8), w<bits>a8[-tensor|-g<size>][-asym][-static|-dynamic][-asym]"
+    "[-search] (or a4), nf4-b<size>[-dq], fp4-b<size>[-dq], fp8[a16][-tensor|-tile<size>][-static], "
+    "nvfp4[a16][-search], mxfp4[a16][-search], "
     "int8-t<threshold>; for example w4a16-g64, w4a16-g64-asym, w8a16, w8a8, w8a8-static, nf4-b64, fp8"
 )
 _INT = re.compile(
     r"w(?P<wbits>\d+)a(?P<abits>\d+)(?:-(?P<tensor>tensor)|-g(?P<group>\d+))?(?P<asym>-asym)?"
-    r"(?:-(?P<mode>static|dynamic)(?P<act_asym>-asym)?)?(?P<order>-order)?"
+    r"(?:-(?P<mode>static|dynamic)(?P<act_asym>-asym)?)?(?P<search>-search)?(?P<order>-order)?"
 )
 _CODEBOOK = re.compile(r"(?P<name>nf4|fp4)-b(?P<block>\d+)(?P<nested>-dq)?")
 _FP8 = re.compile(r"fp8(?P<a16>a16)?(?:-(?P<tensor>tensor)|-tile(?P<tile>[1-9]\d*))?(?P<static>-static)?")
-_FP4 = re.compile(r"(?P<name>nvfp4|mxfp4)(?P<a16>a16)?")
+_FP4 = re.compile(r"(?P<name>nvfp4|mxfp4)(?P<a16>a16)?(?P<search>-search)?")
 _OUTLIERS = re.compile(r"int8-t(?P<threshold>\d+(?:\.\d+)?)")
 _FP4_GROUPS = {"nvfp4": 16, "mxfp4": 32}
 
@@ -50,7 +54,8 @@ class TensorScheme:
     group_size counts elements along K for "group", consecutive elements of the flattened tensor for "block", the side
     of a square of rows and columns for "tile". dynamic: the scale is computed from the tensor at run time. nested:
     block scales are themselves in 8 bits. outlier: columns of activations that reach this value stay in 16 bits (0:
-    none do). ordered: groups follow a stored order of the columns, not their place.
+    none do). ordered: groups follow a stored order of the columns, not their place. searched: a dynamic scale is the best
+    of a few candidates.
     """
 
     format: NumberFormat
@@ -61,6 +66,7 @@ class TensorScheme:
     nested: bool = False
     outlier: float | None = None
     ordered: bool = False
+    searched: bool = False
 
     @property
     def bits(self) -> int:
@@ -88,7 +94,7 @@ class QuantScheme:
         text += "-asym" * (not weights.symmetric)
         if activations and not (activations.dynamic and activations.symmetric):
             text += ("-dynamic" if activations.dynamic else "-static") + "-asym" * (not activations.symmetric)
-        return text + "-order" * weights.ordered
+        return text + "-search" * bool(activations and activations.searched) + "-order" * weights.ordered
 
     def _float_text(self) -> str:
         weights, activations = self.weights, self.activations
@@ -96,7 +102,7 @@ class QuantScheme:
         if weights.format == FP8_E4M3:
             text += {"tensor": "-tensor", "tile": f"-tile{weights.group_size}"}.get(weights.granularity, "")
             text += "-static" * (activations is not None and not activations.dynamic)
-        return text
+        return text + "-search" * bool(activations and activations.searched)
 
     @classmethod
     def parse(cls, text: str) -> "QuantScheme":
@@ -105,8 +111,11 @@ class QuantScheme:
             return cls._fp8(text, match)
         if match := _FP4.fullmatch(text):
             number_format, size = {"nvfp4": NVFP4, "mxfp4": MXFP4}[match["name"]], _FP4_GROUPS[match["name"]]
-            inputs = None if match["a16"] else TensorScheme(number_format, "group", group_size=size, dynamic=True)
-            return cls(TensorScheme(number_format, "group", group_size=size), inputs)
+            searched = bool(match["search"])
+            if match["a16"] and searched:
+                raise SchemeError(f"scheme {text!r} leaves activations in 16 bits, so they have no scale to search")
+            inputs = TensorScheme(number_format, "group", group_size=size, dynamic=True, searched=searched)
+            return cls(TensorScheme(number_format, "group", group_size=size), None if match["a16"] else inputs)
         if match := _OUTLIERS.fullmatch(text):
             threshold = float(match["threshold"])
             return cls(
@@ -142,11 +151,11 @@ class QuantScheme:
     @classmethod
     def _from_match(cls, text: str, match: re.Match[str]) -> "QuantScheme":
         bits, activation_bits = int(match["wbits"]), int(match["abits"])
-        if bits not in INT_BITS or activation_bits not in (8, 16) or (match["group"] and int(match["group"]) == 0):
+        if bits not in INT_BITS or activation_bits not in (4, 8, 16) or (match["group"] and int(match["group"]) == 0):
             raise SchemeError(f"scheme {text!r} is out of range; a scheme is written {GRAMMAR}")
-        if activation_bits == 16 and match["mode"]:
+        if activation_bits == 16 and (match["mode"] or match["search"]):
             raise SchemeError(
-                f"scheme {text!r} leaves activations in 16 bits, so they can't be {match['mode']}; "
+                f"scheme {text!r} leaves activations in 16 bits, so they can't be {match['mode'] or 'searched'}; "
                 f"a scheme is written {GRAMMAR}"
             )
         group = int(match["group"]) if match["group"] else None
@@ -156,10 +165,13 @@ class QuantScheme:
         weights = TensorScheme(int_format(bits), granularity, not match["asym"], group, ordered=bool(match["order"]))
         if activation_bits == 16:
             return cls(weights)
-        dynamic = match["mode"] != "static"
+        dynamic, searched = match["mode"] != "static", bool(match["search"])
+        if searched and not dynamic:
+            raise SchemeError(f"scheme {text!r}: static scales come from calibration, only dynamic ones are searched")
         activations = TensorScheme(
-            int_format(8), "token" if dynamic else "tensor", not match["act_asym"], dynamic=dynamic
-        )
+            int_format(activation_bits), "token" if dynamic else "tensor", not match["act_asym"], dynamic=dynamic,
+            searched=searched,
+        )  # fmt: skip
         return cls(weights, activations)
 
 

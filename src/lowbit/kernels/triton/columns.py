@@ -20,15 +20,21 @@ HALF_EVEN = tl.constexpr(
 
 
 @triton.jit
-def _nearest(x, low: tl.constexpr, high: tl.constexpr):  # type: ignore[no-untyped-def]
+def _nearest(x, low: tl.constexpr, high: tl.constexpr, e2m1: tl.constexpr):  # type: ignore[no-untyped-def]
     clamped = tl.minimum(tl.maximum(x, low), high)
-    return (clamped + HALF_EVEN) - HALF_EVEN
+    if e2m1:  # levels are half-integers up to 2, integers up to 4, even up to 6 (numerics/microscale.py)
+        size = tl.abs(clamped)
+        step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
+        rounded = ((clamped / step + HALF_EVEN) - HALF_EVEN) * step
+    else:
+        rounded = (clamped + HALF_EVEN) - HALF_EVEN
+    return rounded
 
 
 @triton.jit
 def _round_kernel(  # type: ignore[no-untyped-def]
     panel, corner, steps, shifts, codes, errors, rows, count: tl.constexpr,
-    low: tl.constexpr, high: tl.constexpr, padded: tl.constexpr, width: tl.constexpr,
+    low: tl.constexpr, high: tl.constexpr, e2m1: tl.constexpr, padded: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * width + tl.arange(0, width)
     j = tl.arange(0, padded)
@@ -39,7 +45,7 @@ def _round_kernel(  # type: ignore[no-untyped-def]
         step = tl.load(steps + i * rows + n, mask=inside, other=1.0)
         shift = tl.load(shifts + i * rows + n, mask=inside, other=0.0)
         pivot = tl.load(corner + i * count + i)
-        code = _nearest(w / step + shift, low, high)
+        code = _nearest(w / step + shift, low, high, e2m1)
         error = (w - (code - shift) * step) / pivot
         tl.store(codes + i * rows + n, code, mask=inside)
         tl.store(errors + i * rows + n, error, mask=inside)
@@ -50,7 +56,7 @@ def _round_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _descend_kernel(  # type: ignore[no-untyped-def]
     gradient, corner, codes, steps, found, moved, rows, count: tl.constexpr,
-    low: tl.constexpr, high: tl.constexpr, padded: tl.constexpr, width: tl.constexpr,
+    low: tl.constexpr, high: tl.constexpr, e2m1: tl.constexpr, padded: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * width + tl.arange(0, width)
     j = tl.arange(0, padded)
@@ -61,7 +67,7 @@ def _descend_kernel(  # type: ignore[no-untyped-def]
         step = tl.load(steps + i * rows + n, mask=inside, other=1.0)
         before = tl.load(codes + i * rows + n, mask=inside, other=0.0)
         pivot = tl.load(corner + i * count + i)
-        code = _nearest(before - slope / (pivot * step), low, high)
+        code = _nearest(before - slope / (pivot * step), low, high, e2m1)
         change = (code - before) * step
         tl.store(found + i * rows + n, code, mask=inside)
         tl.store(moved + i * rows + n, change, mask=inside)
@@ -93,4 +99,5 @@ def _launch(kernel, arguments: tuple[Tensor, ...], limits: NumberFormat) -> None
     count, rows = arguments[0].shape
     grid = (triton.cdiv(rows, ROWS),)
     padded = triton.next_power_of_2(count)
-    kernel[grid](*arguments, rows, count, limits.low, limits.high, max(padded, 16), ROWS, num_warps=4)
+    is_e2m1 = limits.kind == "float"
+    kernel[grid](*arguments, rows, count, limits.low, limits.high, is_e2m1, max(padded, 16), ROWS, num_warps=4)
