@@ -49,9 +49,10 @@ def test_a_text_means_these_tensor_schemes(text: str, weights: TensorScheme, act
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "int4", "w4", "w4a4", "w1a16", "w9a16", "w4a16-g0", "w4a16-g00", "w4a16-g-1", "w4a16-64", "W4A16"),
+        *("", "int4", "w4", "w4a5", "w1a16", "w9a16", "w4a16-g0", "w4a16-g00", "w4a16-g-1", "w4a16-64", "W4A16"),
         *("w4a16-static", "w4a16-dynamic-asym", "w4a16-asym-asym", "w4a16-tensor-g64", "w8a8-asym-g64", "w4a16 "),
         *("nf4", "nf4-b48", "nf4-b16", "nf4-b8192", "nf4-b64-asym", "fp4-b0", "fp8-g64", "fp8-dq"),
+        *("w4a16-search", "nvfp4a16-search", "w4a4-static-search"),
     ],
 )
 def test_a_text_outside_the_grammar_is_answered_with_the_grammar(text: str) -> None:

@@ -107,7 +107,10 @@ def _round_columns(
     block: int,
     loops: Columns,
 ) -> Tensor:
-    """Codes [N, K] (int8, or levels in float8_e4m3fn) in natural column order. Works on the transpose, whose rows (columns of w) are contiguous."""
+    """Codes [N, K] (int8, or levels in float8_e4m3fn) in natural column order.
+
+    Works on the transpose, whose rows (columns of w) are contiguous.
+    """
     rows, columns = w.shape
     left = w.T[order].contiguous()  # [N, K] -> [K, N], in solving order
     steps = per_column(scale, scheme, w.shape)[order]

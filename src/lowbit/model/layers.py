@@ -19,7 +19,8 @@ from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics import metrics
 from lowbit.numerics.affine import choose_scale
-from lowbit.numerics.scheme import QuantScheme
+from lowbit.numerics.dynamic import round_activations
+from lowbit.numerics.scheme import QuantScheme, TensorScheme
 from lowbit.observe.moments import CrossMoment, SecondMoment, finite_range
 from lowbit.observe.ranges import Observer, make_observer
 from lowbit.optional import installed, late
@@ -43,11 +44,14 @@ class Statistics:
     """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
 
     shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it; held_out
-    keeps tokens apart that judge candidates (algorithms/choose.py).
+    keeps tokens apart that judge candidates (algorithms/choose.py). rounding: how the layer will round its input at run
+    time, in so few bits that the moments are taken of what it then multiplies.
     """
 
-    def __init__(self, moment: SecondMoment | None, observer: Observer | None) -> None:
-        self.moment, self.observer = moment, observer
+    def __init__(
+        self, moment: SecondMoment | None, observer: Observer | None, rounding: TensorScheme | None = None
+    ) -> None:
+        self.moment, self.observer, self.rounding = moment, observer, rounding
         self.shift: CrossMoment | None = None
         self.residual: CrossMoment | None = None
         self.held_out: Statistics | None = None
@@ -58,10 +62,18 @@ class Statistics:
         assert self.shift is not None
         return Moments(moment, self.shift.value, None if self.residual is None else self.residual.value)
 
-    def update(self, x: Tensor) -> None:
-        """Take the tokens of x [..., K] into account."""
+    def as_read(self, x: Tensor) -> Tensor:
+        """x [..., K] as the quantized layer will multiply it."""
+        if self.rounding is None:
+            return x
+        finite_range(x)
+        rows = x.reshape(-1, x.shape[-1])  # [..., K] -> [M, K]
+        return round_activations(rows, self.rounding).to(x.dtype).view(x.shape)
+
+    def update(self, x: Tensor, read: Tensor | None = None) -> None:
+        """Take the tokens of x [..., K] into account; read is `as_read(x)` where it is at hand."""
         if self.moment is not None:
-            self.moment.update(x)
+            self.moment.update(self.as_read(x) if read is None else read)
         if self.observer is not None:
             self.observer.update(x)
         if self.sample is None:
@@ -88,7 +100,8 @@ class LayerLog:
         static = scheme.activations is not None and not scheme.activations.dynamic
         observer = make_observer(self.recipe.observer, scheme.activations) if static and scheme.activations else None
         moment = SecondMoment(in_features, device) if self.recipe.method in MOMENT_METHODS else None
-        return Statistics(moment, observer)
+        few = scheme.activations is not None and scheme.activations.dynamic and scheme.activations.bits < 8
+        return Statistics(moment, observer, scheme.activations if few else None)
 
     def solve(self, w: Tensor, scheme: QuantScheme, moment: Tensor | None, name: str) -> tuple[Solution, str]:
         """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning."""

@@ -180,11 +180,12 @@ def _observe_twin(
         if batch >= block.batches - held_out and observed.held_out is not None:
             observed = observed.held_out
         try:
-            observed.update(noisy.x)
+            read = observed.as_read(noisy.x)
+            observed.update(noisy.x, read)
             if observed.shift is not None:
-                observed.shift.update(clean.x - noisy.x, noisy.x)
+                observed.shift.update(clean.x - read, read)
             if observed.residual is not None and clean.residual is not None and noisy.residual is not None:
-                observed.residual.update(clean.residual - noisy.residual, noisy.x)
+                observed.residual.update(clean.residual - noisy.residual, read)
         except InputError as error:
             raise InputError(f"the input of {block.name}.{name}: {error}") from error
 

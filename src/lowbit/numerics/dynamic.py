@@ -25,7 +25,7 @@ SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the range of a token in few bits
 def round_activations(
     x: Tensor, scheme: TensorScheme, static_scale: Tensor | None = None, static_zero: Tensor | None = None
 ) -> Tensor:
-    """x [M, K] after a trip through `scheme`, float32: under the calibrated grid where one is given, else under its own.
+    """x [M, K] after a trip through `scheme`, float32: under the calibrated grid if there is one, else under its own.
 
     For nvfp4 static_scale is the calibrated divisor. K must be a multiple of the scheme's group.
     """

@@ -54,8 +54,8 @@ class TensorScheme:
     group_size counts elements along K for "group", consecutive elements of the flattened tensor for "block", the side
     of a square of rows and columns for "tile". dynamic: the scale is computed from the tensor at run time. nested:
     block scales are themselves in 8 bits. outlier: columns of activations that reach this value stay in 16 bits (0:
-    none do). ordered: groups follow a stored order of the columns, not their place. searched: a dynamic scale is the best
-    of a few candidates.
+    none do). ordered: groups follow a stored order of the columns, not their place. searched: a dynamic scale is the
+    best of a few candidates.
     """
 
     format: NumberFormat
@@ -113,7 +113,9 @@ class QuantScheme:
             number_format, size = {"nvfp4": NVFP4, "mxfp4": MXFP4}[match["name"]], _FP4_GROUPS[match["name"]]
             searched = bool(match["search"])
             if match["a16"] and searched:
-                raise SchemeError(f"scheme {text!r} leaves activations in 16 bits, so they have no scale to search")
+                raise SchemeError(
+                    f"scheme {text!r} leaves activations in 16 bits, so they have no scale to search; a scheme is written {GRAMMAR}"
+                )
             inputs = TensorScheme(number_format, "group", group_size=size, dynamic=True, searched=searched)
             return cls(TensorScheme(number_format, "group", group_size=size), None if match["a16"] else inputs)
         if match := _OUTLIERS.fullmatch(text):
@@ -167,7 +169,7 @@ class QuantScheme:
             return cls(weights)
         dynamic, searched = match["mode"] != "static", bool(match["search"])
         if searched and not dynamic:
-            raise SchemeError(f"scheme {text!r}: static scales come from calibration, only dynamic ones are searched")
+            raise SchemeError(f"scheme {text!r}: only dynamic scales are searched; a scheme is written {GRAMMAR}")
         activations = TensorScheme(
             int_format(activation_bits), "token" if dynamic else "tensor", not match["act_asym"], dynamic=dynamic,
             searched=searched,
