@@ -53,7 +53,9 @@ def test_an_unknown_observer_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("text", ["gptq:fp8", "gptq:nf4-b64", "rtn-clip:fp4-b64"])
 def test_what_a_method_cannot_do_is_refused(text: str) -> None:
-    with pytest.raises(SchemeError, match=r"works on integer grids, and .* is none; use --method rtn"):
+    with pytest.raises(
+        SchemeError, match=r"works on integer grids and on nvfp4 and mxfp4, and .* is none; use --method rtn"
+    ):
         Recipe.parse(text)
 
 

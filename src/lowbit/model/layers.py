@@ -178,7 +178,8 @@ def solve_linears(
     moment = _moment(observed, full_names[0])
     w = torch.cat([linear.weight for linear in linears]).float()  # [sum of N, K]
     solution, method = _solved(w, scheme, observed, log, moment, ", ".join(full_names))
-    input_scale, input_zero = _static_grid(full_names[0], scheme, observed, log)
+    grid = _static_grid(full_names[0], scheme, observed, log)
+    input_scale, input_zero = (None if part is None else part.to(w.device) for part in grid)
     start = 0
     for name, full_name, linear in zip(names, full_names, linears, strict=True):
         rows = slice(start, start := start + linear.out_features)

@@ -114,7 +114,8 @@ class QuantScheme:
             searched = bool(match["search"])
             if match["a16"] and searched:
                 raise SchemeError(
-                    f"scheme {text!r} leaves activations in 16 bits, so they have no scale to search; a scheme is written {GRAMMAR}"
+                    f"scheme {text!r} leaves activations in 16 bits, so "
+                    f"they have no scale to search; a scheme is written {GRAMMAR}"
                 )
             inputs = TensorScheme(number_format, "group", group_size=size, dynamic=True, searched=searched)
             return cls(TensorScheme(number_format, "group", group_size=size), None if match["a16"] else inputs)
