@@ -30,6 +30,7 @@ _LIBRARY.define(
 
 
 _parsed = cache(QuantScheme.parse)
+_MANY_TOKENS = 128  # from here the product is bound by arithmetic: dequantize once, then torch's product
 
 
 def _quantized_linear(
@@ -87,6 +88,8 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight, static: tuple[Tensor | None, ...]
     ) -> Tensor:
         ctx.weight = weight
+        if weight.scheme.activations is None and x.numel() // x.shape[-1] >= _MANY_TOKENS:
+            return torch.nn.functional.linear(x, dequantize(weight, x), bias)
         return _call(x, bias, weight, static)
 
     @staticmethod
