@@ -35,9 +35,15 @@ from lowbit.observe.tokens import Tokens
 from lowbit.train import qat
 from lowbit.train.compiled import compile_blocks
 from lowbit.train.distill import Teacher, frozen
-from lowbit.train.loop import LoopOptions, Run, train
+from lowbit.train.graph import Capturable
+from lowbit.train.loop import LoopOptions, train
 
-T, TRIAL = 1024, 12
+T, TRIAL = 1024, 16
+JUDGING = 30.0  # seconds kept for it where --end is given
+
+
+class OutOfTimeError(Exception):
+    """Training ends here, though its schedule does not."""
 
 
 def arguments() -> argparse.Namespace:
@@ -53,7 +59,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--graphed", action="store_true", help="each step is a replayed CUDA graph")
+    parser.add_argument("--end", type=float, default=0.0, help="instead of --seconds: the epoch's second to be done by")
+    parser.add_argument("--meet", type=Path, help="a folder in which runs that share a GPU wait for each other")
+    parser.add_argument("--parties", type=int, default=1)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--device", default="cuda")
@@ -109,34 +119,61 @@ def student_of(base: PreTrainedModel, start: PreTrainedModel, scheme: str) -> Pr
 def optimizer_of(student: nn.Module, lr: float, scale_rate: float) -> torch.optim.Optimizer:
     weights = [module.weight for module in student.modules() if isinstance(module, FakeQuantLinear)]
     groups = [{"params": weights}, {"params": qat.scale_parameters(student), "lr": lr * scale_rate}]
-    return lowbit.optim.AdamW8bit(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return lowbit.optim.AdamW8bit(
+        groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, options=lowbit.optim.StateOptions(min_size=1)
+    )
 
 
 def learned(
     student: PreTrainedModel, teacher: PreTrainedModel, text: Tensor, options: argparse.Namespace
-) -> tuple[Run, float, float]:
-    """(the run, ms a step, seconds of compiling): a trial at rate 0 tells how many steps fit."""
-    if not options.eager:
+) -> tuple[list[float], int, float, float]:
+    """(losses, steps, ms a step, seconds until the first): a trial at rate 0 tells how many steps fit."""
+    if options.compile:
         for model in (student, teacher):
             compile_blocks(model)
-    objective, started = Teacher(teacher), time.perf_counter()
-    first = LoopOptions(3, options.batch)
-    train(student, text, objective, optimizer_of(student, 0.0, 0.0), first)
-    compiling = time.perf_counter() - started
-    started = time.perf_counter()
-    train(student, text, objective, optimizer_of(student, 0.0, 0.0), LoopOptions(TRIAL, options.batch))
-    step = (time.perf_counter() - started) / TRIAL
-    print(f"{options.scheme}: {1e3 * step:.1f} ms a step, {compiling:.1f} s to compile", flush=True)
-    steps = max(2, int(options.seconds / step))
-    loop = LoopOptions(steps, options.batch, min(50, steps // 4), seed=options.seed, diverged=5.0)
-    started = time.perf_counter()
+    objective, started = Teacher(Capturable(teacher)), time.perf_counter()
+    inner, student = student, Capturable(student)  # type: ignore[assignment]
+    times = list[float]()
+    trial = LoopOptions(TRIAL, options.batch, graphed=options.graphed)
+    train(student, text, objective, optimizer_of(inner, 0.0, 0.0), trial, None,
+          lambda stage, done, total: times.append(time.perf_counter()))  # fmt: skip
+    step, compiling = (times[-1] - times[1]) / (TRIAL - 2), times[0] - started
+    student.zero_grad(set_to_none=True)
+    if text.device.type == "cpu" and options.device == "cuda":
+        torch.cuda.empty_cache()
+    print(f"{options.scheme}: {1e3 * step:.1f} ms a step, {compiling:.1f} s to begin", flush=True)
+    budget = options.end - time.time() - JUDGING if options.end else options.seconds
+    steps = max(2, int((0.94 if options.end else 1.0) * budget / step))
+    loop = LoopOptions(
+        steps, options.batch, min(50, steps // 4), seed=options.seed, diverged=5.0, graphed=options.graphed
+    )
+    started, losses, last = time.perf_counter(), list[float](), 0
 
     def progress(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        last = done
         if done % 100 == 0 or done == total:
-            print(f"  {done}/{total} {time.perf_counter() - started:.0f} s", flush=True)
+            print(f"  {options.scheme} {done}/{total} {time.perf_counter() - started:.0f} s", flush=True)
+        if options.end and time.perf_counter() - started > budget:
+            raise OutOfTimeError(f"after {done} of {total} steps")
 
-    run = train(student, text, objective, optimizer_of(student, options.lr, options.scale_rate), loop, None, progress)
-    return run, 1e3 * (time.perf_counter() - started) / steps, compiling
+    optimizer = optimizer_of(inner, options.lr, options.scale_rate)
+    try:
+        losses = train(student, text, objective, optimizer, loop, None, progress).losses
+    except OutOfTimeError as late:
+        print(f"{options.scheme}: stopped {late}", flush=True)
+    return losses, last, 1e3 * (time.perf_counter() - started) / last, compiling
+
+
+def meet(options: argparse.Namespace) -> None:
+    """Wait, a minute at most, until all runs have come this far: only then a step's time is what it will be."""
+    if options.meet is None:
+        return
+    options.meet.mkdir(parents=True, exist_ok=True)
+    (options.meet / f"{options.scheme}-{options.seed}").touch()
+    until = time.perf_counter() + 60
+    while len(list(options.meet.iterdir())) < options.parties and time.perf_counter() < until:
+        time.sleep(0.2)
 
 
 def main() -> None:
@@ -146,8 +183,8 @@ def main() -> None:
     reference = judge.Reference.of(base, stored(options.evaluation, options.windows))
     clock = time.perf_counter()
     start = solved(base, options)
-    common = {"scheme": options.scheme, "seed": options.seed, "device": _device_name(device),
-              "torch": torch.__version__, "commit": options.commit, "model": "SmolLM2-135M-Instruct, permuted"}  # fmt: skip
+    common = {"scheme": options.scheme, "seed": options.seed, "device": _device_name(device), "batch": options.batch,
+              "torch": torch.__version__, "commit": options.commit, "model": "SmolLM2-135M-Instruct, permuted"}  # fmt: skip  # noqa: E501
     rows = [common | {"method": options.method, "seconds": time.perf_counter() - clock} | judged(start, reference)]
     _show(rows[-1])
     options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -155,19 +192,21 @@ def main() -> None:
     del start
     teacher = copy.deepcopy(base).to(torch.bfloat16)
     frozen([teacher])
+    meet(options)
     clock = time.perf_counter()
-    run, milliseconds, compiling = learned(student, teacher, text, options)
+    losses, steps, milliseconds, compiling = learned(student, teacher, text, options)
     seconds = time.perf_counter() - clock
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     plain = qat.convert(student).to(torch.float32)
     for block in find_blocks(plain)[1]:
         block._compiled_call_impl = None
     rows.append(common | {
-        "method": f"qat, self-distillation from {options.method}", "steps": len(run.losses),
-        "tokens": len(run.losses) * options.batch * T, "batch": options.batch, "lr": options.lr,
-        "scale_lr": options.lr * options.scale_rate, "seconds": seconds, "ms_per_step": milliseconds,
+        "method": f"qat, self-distillation from {options.method}", "steps": steps,
+        "tokens": steps * options.batch * T, "lr": options.lr,
+        "scale_lr": options.lr * options.scale_rate,
+        "graphed": options.graphed, "compiled": options.compile, "seconds": seconds, "ms_per_step": milliseconds,
         "compile_seconds": compiling, "peak_bytes": peak,
-        "losses": [round(sum(part) / len(part), 5) for part in _parts(run.losses, 50)],
+        "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
     } | judged(plain, reference))  # fmt: skip
     _show(rows[-1])
     options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -179,7 +218,7 @@ def _parts(losses: list[float], size: int) -> list[list[float]]:
 
 def _show(row: dict[str, Any]) -> None:
     print(f"{row['scheme']} {row['method']}: KL {row['kld']:.4f} +- {row['kld_stderr']:.4f}, perplexity "
-          f"{row['perplexity']:.2f} of {row['perplexity_original']:.2f}, {row['seconds']:.0f} s", flush=True)  # fmt: skip
+          f"{row['perplexity']:.2f} of {row['perplexity_original']:.2f}, {row['seconds']:.0f} s", flush=True)  # fmt: skip  # noqa: E501
     if "losses" in row:
         print("  losses", row["losses"], flush=True)
 

@@ -2,8 +2,8 @@
 
     python bench/qlora_step.py SIDE OUT.json [--layers 32] [--batch 4] [--seq-len 1024] [--steps 6] [--compile]
 
-SIDE: lowbit, or bitsandbytes (Linear4bit and PEFT as they are). Both: nf4 in blocks of 64 with double quantization, rank
-16 on every linear of the blocks, adapters in float32, bfloat16 elsewhere under autocast, gradient checkpointing of
+SIDE: lowbit, or bitsandbytes (Linear4bit and PEFT as they are). Both: nf4 in blocks of 64, doubly quantized, rank 16
+on every linear of the blocks, adapters in float32, bfloat16 elsewhere under autocast, gradient checkpointing of
 every block, transformers' own loss, the library's own 8-bit AdamW. The median of the steps after two is reported.
 """
 
@@ -67,12 +67,13 @@ def quantized(model: PreTrainedModel, side: str, device: str) -> PreTrainedModel
         if side == "lowbit":
             made = QuantLinear.from_packed(PackedWeight.from_float(layer.weight.detach(), scheme, torch.bfloat16))
         else:
-            made = require("bitsandbytes", "peers").nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16,
-                compress_statistics=True, quant_type="nf4",
-            )  # fmt: skip
-            made.load_state_dict({"weight": layer.weight.detach().cpu()})
-            made = made.to(device)
+            modules = require("bitsandbytes", "peers").nn
+            made = modules.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta"
+            )
+            made.weight = modules.Params4bit(
+                layer.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True, blocksize=64
+            ).to(device)
         setattr(model.get_submodule(parent), attribute, made)
         layer.weight = nn.Parameter(torch.empty(0))
     return model.requires_grad_(False)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError, InputError, TrainingError
 from lowbit.train.distill import Objective
+from lowbit.train.graph import GraphedGradient
 
 Progress = Callable[[str, int, int], None]
 _WINDOW = 20  # steps whose mean loss is compared
@@ -37,7 +38,7 @@ class LoopOptions:
     """steps of `batch` windows each; the learning rate rises over `warmup` steps and falls by a cosine to `final`.
 
     Every group's own learning rate is scaled. clip: the largest norm of the gradient. keep_every: steps between
-    checkpoints, 0 for none. autocast: multiply in bfloat16.
+    checkpoints, 0 for none. autocast: multiply in bfloat16. graphed: replay each step as a CUDA graph (graph.py).
     """
 
     steps: int
@@ -49,6 +50,7 @@ class LoopOptions:
     seed: int = 0
     autocast: bool = False
     diverged: float = 3.0
+    graphed: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,12 @@ def train(
     if folder is not None and (newest := newest_checkpoint(folder)) is not None:
         losses, kept = _resume(model, optimizer, newest, options), newest
     model.train()
+    gradient = _gradient(model, objective, windows[: options.batch].to(device), options)
     for step in range(len(losses), options.steps):
         chosen = batch_of(len(windows), step, options)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * schedule(step, options)
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.autocast):
-            loss = objective(model, windows[chosen].to(device), chosen)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(_trained(model), options.clip)
+        loss, norm = gradient(windows[chosen].to(device), chosen)
         value = loss.item()
         _check(value, float(norm), step, losses, options, kept)
         optimizer.step()
@@ -101,6 +100,25 @@ def train(
     for group, lr in zip(optimizer.param_groups, base, strict=True):
         group["lr"] = lr
     return Run(losses, kept)
+
+
+def _gradient(
+    model: nn.Module, objective: Objective, ids: Tensor, options: LoopOptions
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A function of a batch and its windows' numbers that leaves gradients and gives (loss, norm before clipping)."""
+    if options.graphed:
+        graphed = GraphedGradient(model, objective, ids, options.clip, options.autocast)
+        return lambda ids, chosen: graphed(ids)
+
+    def eager(ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        for parameter in _trained(model):
+            parameter.grad = None
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=options.autocast):
+            loss = objective(model, ids, chosen)
+        loss.backward()
+        return loss, nn.utils.clip_grad_norm_(_trained(model), options.clip)
+
+    return eager
 
 
 def schedule(step: int, options: LoopOptions) -> float:

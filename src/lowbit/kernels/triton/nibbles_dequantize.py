@@ -1,4 +1,4 @@
-"""nf4 and fp4 weights to 16 bits straight from the checkpoint's bytes: no layout of its own, so training keeps one copy.
+"""nf4 and fp4 weights to 16 bits straight from the packed bytes: no layout of its own, so training keeps one copy.
 
     w = levels[code] * absmax of its block,   absmax = map[code of the block] * nested absmax + offset where doubled
 
