@@ -106,6 +106,7 @@ def fake_weight(
     weights = scheme.weights
     if not (_on_kernel(w) and weights.granularity in ("group", "channel") and _run_of(w, weights) <= _LARGEST_RUN):
         return fake.fake_quantize(w, scale, zero, weights, scale_dtype).to(dtype)
+    scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
     return cast("Tensor", _FakeWeight.apply(w.contiguous(), scale, zero, str(scheme), scale_dtype, dtype))
 
 

@@ -16,7 +16,7 @@ A recomputed forward (gradient checkpointing) is not counted. `quantized()` give
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,11 @@ class FakeQuantLinear(nn.Linear):
         self.train(layer.training)
 
     def _learn_steps(self, scale: Tensor, zero: Tensor | None) -> None:
-        self.weight_scale = nn.Parameter(scale.detach().float().clone())
-        self.register_parameter("weight_zero", None if zero is None else nn.Parameter(zero.detach().float().clone()))
+        # contiguous: a solver's zero-points can be a transposed view, which a kernel would read in the wrong order
+        kept = [None if grid is None else grid.detach().float().clone(memory_format=torch.contiguous_format)
+                for grid in (scale, zero)]  # fmt: skip
+        self.weight_scale = nn.Parameter(cast("Tensor", kept[0]))
+        self.register_parameter("weight_zero", None if kept[1] is None else nn.Parameter(kept[1]))
 
     def _learn_ranges(self, scale: Tensor, zero: Tensor | None) -> None:
         bounds, shift = self.scheme.weights.format, 0.0 if zero is None else zero.float()

@@ -106,7 +106,7 @@ def fake_quantize(
 ) -> Tensor:
     """As numerics/fake.py's, rounded to `dtype`: x [N, K] contiguous, groups or channels -> [N, K]."""
     y = torch.empty_like(x, dtype=dtype)
-    grid, sizes = _launch(x, scale, scheme)
+    grid, sizes = _launch(x, scale, zero, scheme)
     _forward_kernel[grid](x, scale, zero if zero is not None else scale, y, *sizes, *_stored_as(scale_dtype),
                           zero is not None, scheme.format.low, scheme.format.high, num_warps=4)  # fmt: skip
     return y
@@ -118,7 +118,7 @@ def fake_quantize_backward(
     """(dx in x's dtype, ds, dz float32, the latter empty without zero-points) of dy [N, K]."""
     dx, ds = torch.empty_like(x), torch.empty_like(scale)
     dz = torch.empty_like(scale) if zero is not None else scale.new_empty(0)
-    grid, (runs, *sizes) = _launch(x, scale, scheme)
+    grid, (runs, *sizes) = _launch(x, scale, zero, scheme)
     gain = lsq_gradient_scale(sizes[0], scheme)
     _backward_kernel[grid](dy, x, scale, zero if zero is not None else scale, dx, ds, dz, runs, gain, *sizes,
                            *_stored_as(scale_dtype), zero is not None, scheme.format.low, scheme.format.high,
@@ -141,8 +141,9 @@ def _stored_as(dtype: torch.dtype) -> tuple[tl.dtype, float]:
     return _TYPES[dtype], torch.finfo(dtype).eps
 
 
-def _launch(x: Tensor, scale: Tensor, scheme: TensorScheme) -> tuple[tuple[int], list[int]]:
+def _launch(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> tuple[tuple[int], list[int]]:
     """(grid, [runs, G, G padded, ROWS])."""
+    assert all(tensor is None or tensor.is_contiguous() for tensor in (x, scale, zero))
     size = scheme.group_size if scheme.granularity == "group" else x.shape[-1]
     assert size is not None
     assert scale.numel() * size == x.numel()
