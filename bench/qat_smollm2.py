@@ -4,8 +4,9 @@
         --calibration CALIBRATION.safetensors --evaluation EVALUATION.safetensors --commit C
 
 TOKENS: the training text as ids, little-endian uint16 in an .xz file (the whole of wiki_train). The student is the
-bfloat16 model with float32 masters of its linears, nothing else is trained; steps are counted so that training takes
-`seconds`. Judged in float32 on windows of other articles (wiki_valid), as bench/accuracy/measure.py does.
+bfloat16 model with float32 masters of its linears, nothing else is trained; it takes `seconds`, captures included, and
+the learning rate falls with the time that has passed. Judged in float32 on windows of other articles (wiki_valid), as
+bench/accuracy/measure.py does.
 """
 
 import argparse
@@ -33,17 +34,13 @@ from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
 from lowbit.observe.tokens import Tokens
 from lowbit.train import qat
-from lowbit.train.compiled import compile_blocks
+from lowbit.train.compiled import compile_blocks, plain_blocks
 from lowbit.train.distill import Teacher, frozen
 from lowbit.train.graph import Capturable
 from lowbit.train.loop import LoopOptions, train
 
-T, TRIAL = 1024, 16
+T, MOST_STEPS, WARMUP = 1024, 10**6, 50
 JUDGING = 30.0  # seconds kept for it where --end is given
-
-
-class OutOfTimeError(Exception):
-    """Training ends here, though its schedule does not."""
 
 
 def arguments() -> argparse.Namespace:
@@ -126,43 +123,24 @@ def optimizer_of(student: nn.Module, lr: float, scale_rate: float) -> torch.opti
 
 def learned(
     student: PreTrainedModel, teacher: PreTrainedModel, text: Tensor, options: argparse.Namespace
-) -> tuple[list[float], int, float, float]:
-    """(losses, steps, ms a step, seconds until the first): a trial at rate 0 tells how many steps fit."""
+) -> tuple[list[float], list[float]]:
+    """(losses, seconds after which each step had ended)."""
     if options.compile:
         for model in (student, teacher):
             compile_blocks(model)
-    objective, started = Teacher(Capturable(teacher)), time.perf_counter()
-    inner, student = student, Capturable(student)  # type: ignore[assignment]
-    times = list[float]()
-    trial = LoopOptions(TRIAL, options.batch, graphed=options.graphed)
-    train(student, text, objective, optimizer_of(inner, 0.0, 0.0), trial, None,
-          lambda stage, done, total: times.append(time.perf_counter()))  # fmt: skip
-    step, compiling = (times[-1] - times[1]) / (TRIAL - 2), times[0] - started
-    student.zero_grad(set_to_none=True)
-    if text.device.type == "cpu" and options.device == "cuda":
-        torch.cuda.empty_cache()
-    print(f"{options.scheme}: {1e3 * step:.1f} ms a step, {compiling:.1f} s to begin", flush=True)
+    optimizer = optimizer_of(student, options.lr, options.scale_rate)
     budget = options.end - time.time() - JUDGING if options.end else options.seconds
-    steps = max(2, int((0.94 if options.end else 1.0) * budget / step))
     loop = LoopOptions(
-        steps, options.batch, min(50, steps // 4), seed=options.seed, diverged=5.0, graphed=options.graphed
+        MOST_STEPS, options.batch, WARMUP, seed=options.seed, diverged=5.0, graphed=options.graphed, seconds=budget
     )
-    started, losses, last = time.perf_counter(), list[float](), 0
+    started, times = time.perf_counter(), list[float]()
 
     def progress(stage: str, done: int, total: int) -> None:
-        nonlocal last
-        last = done
-        if done % 100 == 0 or done == total:
-            print(f"  {options.scheme} {done}/{total} {time.perf_counter() - started:.0f} s", flush=True)
-        if options.end and time.perf_counter() - started > budget:
-            raise OutOfTimeError(f"after {done} of {total} steps")
+        times.append(time.perf_counter() - started)
+        if done % 100 == 0:
+            print(f"  {options.scheme} {done} steps, {times[-1]:.0f} of {budget:.0f} s", flush=True)
 
-    optimizer = optimizer_of(inner, options.lr, options.scale_rate)
-    try:
-        losses = train(student, text, objective, optimizer, loop, None, progress).losses
-    except OutOfTimeError as late:
-        print(f"{options.scheme}: stopped {late}", flush=True)
-    return losses, last, 1e3 * (time.perf_counter() - started) / last, compiling
+    return train(Capturable(student), text, Teacher(Capturable(teacher)), optimizer, loop, None, progress).losses, times
 
 
 def meet(options: argparse.Namespace) -> None:
@@ -194,18 +172,18 @@ def main() -> None:
     frozen([teacher])
     meet(options)
     clock = time.perf_counter()
-    losses, steps, milliseconds, compiling = learned(student, teacher, text, options)
+    losses, times = learned(student, teacher, text, options)
     seconds = time.perf_counter() - clock
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     plain = qat.convert(student).to(torch.float32)
-    for block in find_blocks(plain)[1]:
-        block._compiled_call_impl = None
+    plain_blocks(plain)
     rows.append(common | {
-        "method": f"qat, self-distillation from {options.method}", "steps": steps,
-        "tokens": steps * options.batch * T, "lr": options.lr,
+        "method": f"qat, self-distillation from {options.method}", "steps": len(losses),
+        "tokens": len(losses) * options.batch * T, "lr": options.lr,
         "scale_lr": options.lr * options.scale_rate,
-        "graphed": options.graphed, "compiled": options.compile, "seconds": seconds, "ms_per_step": milliseconds,
-        "compile_seconds": compiling, "peak_bytes": peak,
+        "graphed": options.graphed, "compiled": options.compile, "seconds": seconds,
+        "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1), "first_step_seconds": times[0],
+        "peak_bytes": peak,
         "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
     } | judged(plain, reference))  # fmt: skip
     _show(rows[-1])

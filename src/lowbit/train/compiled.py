@@ -13,3 +13,9 @@ def compile_blocks(model: PreTrainedModel) -> None:
     """Let torch.compile make each decoder block of `model`, in place, at its first use; parameters stay as they are."""
     for block in find_blocks(model)[1]:
         block.compile()
+
+
+def plain_blocks(model: PreTrainedModel) -> None:
+    """Undo `compile_blocks`, in place: a model that is taken apart again would be compiled anew for each part."""
+    for block in find_blocks(model)[1]:
+        block._compiled_call_impl = None
