@@ -44,7 +44,7 @@ def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
     reference = judge.Reference.of(model, held_out)
     model.to("cpu")  # type: ignore[arg-type]
     best: tuple[float, PreTrainedModel, Outcome] | None = None
-    words = []
+    words: list[str] = []
     for level in range(job.recipe.effort):
         lower = Recipe.at_effort(job.recipe.scheme, level, job.recipe.rules, job.recipe.observer)
         other = copy.deepcopy(model)

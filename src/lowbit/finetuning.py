@@ -38,7 +38,9 @@ from lowbit.observe.capture import find_blocks
 from lowbit.observe.tokens import Tokens
 from lowbit.optional import require
 from lowbit.train import qat
+from lowbit.train.compiled import compile_blocks, plain_blocks
 from lowbit.train.distill import Objective, Teacher, frozen, next_token_loss
+from lowbit.train.graph import Capturable
 from lowbit.train.loop import LoopOptions, Run, train
 from lowbit.train.optim import AdamW8bit
 from lowbit.train.qlora import LoraOptions, add_lora, merge_lora
@@ -57,7 +59,8 @@ class Finetuning:
 
     distill: qat learns from the original instead of from the text's next tokens. merge: qlora writes a checkpoint with
     the adapter in it instead of the adapter; merge_16bit: one that is not quantized. rules: other schemes for some
-    layers, as in a recipe.
+    layers, as in a recipe. eager: on a CUDA device, neither replay qat's steps as a CUDA graph nor compile the blocks
+    of qlora's model.
     """
 
     method: str = "qlora"
@@ -70,6 +73,7 @@ class Finetuning:
     rules: tuple[Rule, ...] = ()
     lora: LoraOptions = field(default_factory=LoraOptions)
     loop: LoopOptions = field(default_factory=lambda: LoopOptions(steps=200))
+    eager: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -167,8 +171,15 @@ class _Work:
     def working_dtype(self) -> torch.dtype:
         return torch.float32 if self.device.type == "cpu" else self.stored_dtype
 
-    def train(self, model: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer) -> Run:
-        options = replace(self.options.loop, autocast=self.device.type == "cuda")
+    @property
+    def fast(self) -> bool:
+        """Whether steps run as a graph, or compiled."""
+        return self.device.type == "cuda" and not self.options.eager
+
+    def train(
+        self, model: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, autocast: bool, graphed: bool
+    ) -> Run:
+        options = replace(self.options.loop, autocast=autocast and self.device.type == "cuda", graphed=graphed)
         return train(model, self.windows.ids, objective, optimizer, options, self.checkpoints, self.progress)
 
     def done(self, run: Run, model: nn.Module) -> Finetuned:
@@ -178,7 +189,7 @@ class _Work:
             scheme=str(self.scheme),
             data=self.windows.source,
             data_hash=self.windows.hash,
-            tokens=self.options.loop.steps * self.options.loop.batch * self.options.seq_len,
+            tokens=len(run.losses) * self.options.loop.batch * self.options.seq_len,
             losses=tuple(run.losses),
             seconds=0.0,
             peak_memory_bytes=0,
@@ -207,10 +218,14 @@ def _qlora(work: _Work, folder: Path) -> Finetuned:
     base.enable_input_require_grads()
     if work.device.type == "cuda":
         base.gradient_checkpointing_enable({"use_reentrant": False})
+    if work.fast:
+        compile_blocks(base)
     optimizer = AdamW8bit([p for p in adapted.parameters() if p.requires_grad], lr=work.lr, weight_decay=0.0)
-    run = work.train(adapted, next_token_loss, optimizer)
+    run = work.train(adapted, next_token_loss, optimizer, autocast=True, graphed=False)
     done = work.done(run, adapted)
     adapted.eval()
+    if work.fast:
+        plain_blocks(base)
     if not (work.options.merge or work.options.merge_16bit):
         adapted.save_pretrained(str(folder))
         return done
@@ -227,22 +242,28 @@ def _qlora(work: _Work, folder: Path) -> Finetuned:
 def _qat(work: _Work, folder: Path) -> Finetuned:
     if work.source.quantization is not None:
         raise InputError(f"{work.source.name} is quantized already; qat trains the original")
-    student: PreTrainedModel = load_float(work.source, torch.float32).to(work.device)  # type: ignore[arg-type]
-    layout, objective = disk_layout(student), next_token_loss
+    dtype = torch.bfloat16 if work.working_dtype == torch.bfloat16 else torch.float32  # float16 wants loss scaling
+    student: PreTrainedModel = load_float(work.source, dtype).to(work.device)  # type: ignore[arg-type]
+    layout, objective, called = disk_layout(student), next_token_loss, Capturable if work.fast else _as_it_is
     if work.options.distill:
         teacher = load_float(work.source, work.working_dtype).to(work.device)  # type: ignore[arg-type]
         frozen([teacher])
-        objective = Teacher(teacher)  # type: ignore[assignment]
+        objective = Teacher(called(teacher))  # type: ignore[assignment]
     student.requires_grad_(False)  # the checkpoint takes everything but the linears from the original's files
-    options = qat.QatOptions(FakeOptions(scale_dtype=work.stored_dtype))
+    options = qat.QatOptions(FakeOptions(scale_dtype=work.stored_dtype, masters=True))
     qat.prepare(student, work.scheme, work.options.rules, options)
     scales = qat.scale_parameters(student)
     weights = [module.weight.requires_grad_() for module in student.modules() if isinstance(module, FakeQuantLinear)]
     groups: list[dict[str, Any]] = [{"params": weights}, {"params": scales, "lr": SCALE_RATE * work.lr}]
-    run = work.train(student, objective, AdamW8bit(groups, lr=work.lr, weight_decay=0.0))
+    optimizer = AdamW8bit(groups, lr=work.lr, weight_decay=0.0)
+    run = work.train(called(student), objective, optimizer, autocast=dtype == torch.float32, graphed=work.fast)
     done = work.done(run, student)
     write_checkpoint(work.source, folder, qat.convert(student).cpu(), layout, work.stored_dtype)
     return done
+
+
+def _as_it_is(model: PreTrainedModel) -> nn.Module:
+    return model
 
 
 def _mean(losses: tuple[float, ...]) -> float:

@@ -100,3 +100,49 @@ def test_an_epoch_sees_every_window_once_and_the_rate_rises_and_falls() -> None:
     assert rates[9] == 1.0
     assert rates[0] == pytest.approx(0.1)
     assert rates[-1] == pytest.approx(0.05, abs=0.01)
+
+
+class SlowClock:
+    """A clock on which the first steps take 10 seconds each, as while others compile, and the rest 1 second."""
+
+    def __init__(self) -> None:
+        self.now, self.reads = 0.0, 0
+
+    def __call__(self) -> float:
+        self.reads += 1
+        self.now += 10.0 if 1 < self.reads < 5 else 1.0
+        return self.now
+
+
+def test_a_budget_of_seconds_is_used_whole_whatever_the_first_steps_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.train.loop.perf_counter", SlowClock())
+    model, optimizer = parts()
+    rates: list[float] = []
+    run = train(
+        model, WINDOWS, next_token_loss, optimizer, LoopOptions(10**6, 4, warmup=2, seconds=40.0),
+        progress=lambda stage, done, total: rates.append(optimizer.param_groups[0]["lr"] / 1e-3),
+    )  # fmt: skip
+    assert len(run.losses) == 3 + 9  # 30 s, then one a second until 40 have passed
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] == pytest.approx(0.05, abs=1e-2)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_seconds_before_an_interruption_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = LoopOptions(10**6, 4, warmup=2, seconds=20.0, keep_every=4)
+    counts = []
+    for _ in range(2):  # the clock begins anew: a second after every read of it
+        clock = SlowClock()
+        clock.reads = 10
+        monkeypatch.setattr("lowbit.train.loop.perf_counter", clock)
+        model, optimizer = parts()
+        counts.append(len(train(model, WINDOWS, next_token_loss, optimizer, options, tmp_path).losses))
+    state = json.loads((tmp_path / f"step-{counts[0] // 4 * 4}" / "state.json").read_text())
+    assert 15 < state["seconds"] <= 20
+    assert counts[1] <= counts[0] + 1
+
+
+def test_a_graph_is_refused_where_there_is_no_cuda_device() -> None:
+    model, optimizer = parts()
+    with pytest.raises(InputError, match=r"CUDA graph on a CUDA device only, not on cpu; leave graphed off"):
+        train(model, WINDOWS, next_token_loss, optimizer, LoopOptions(6, 4, graphed=True))

@@ -166,3 +166,37 @@ def test_what_cannot_be_trained_or_converted_is_refused() -> None:
         diverged[0].weight[0, 0] = torch.nan
     with pytest.raises(CheckpointError, match="training diverged"):
         convert(diverged)
+
+
+def test_a_grid_that_a_solver_gave_lies_in_memory_as_a_kernel_reads_it() -> None:
+    """Zero-points unpack to a transposed view: the kernel read them in the wrong order, and the optimizer went slow."""
+    scheme, start = QuantScheme.parse("w2a16-g32-asym"), prepare(TINY["llama"](), QuantScheme.parse("w2a16-g32-asym"))
+    start = convert(start)
+    packed = start.model.layers[0].mlp.up_proj.packed
+    assert not packed.zero_points().is_contiguous()
+    student = prepare(TINY["llama"](), scheme, start=start)
+    assert all(parameter.is_contiguous() for parameter in student.parameters())
+    assert torch.equal(student.model.layers[0].mlp.up_proj.weight_zero, packed.zero_points().float())
+    with torch.no_grad():
+        assert torch.allclose(student(IDS).logits, start(IDS).logits, rtol=0, atol=2e-5)
+
+
+def test_masters_are_float32_in_a_16_bit_model_that_computes_as_without_them() -> None:
+    scheme = QuantScheme.parse("w4a16-g32-asym")
+    options = QatOptions(FakeOptions(masters=True))
+    plain = prepare(TINY["llama"]().bfloat16(), scheme)
+    model = prepare(TINY["llama"]().bfloat16(), scheme, options=options)
+    fakes = [module for module in model.modules() if isinstance(module, FakeQuantLinear)]
+    assert {module.weight.dtype for module in fakes} == {torch.float32}
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    before = fakes[0].weight.detach().clone()
+    optimizer = torch.optim.AdamW([module.weight for module in fakes], lr=1e-6)
+    step(model, optimizer)
+    moved = (fakes[0].weight - before).abs()
+    assert 0 < moved.max() < 2e-6  # far below half a step of bfloat16 at weights of 0.02: 6e-5
+    with torch.no_grad():
+        logits = model(IDS).logits
+        assert torch.equal(convert(model)(IDS).logits, logits)
+    assert model.model.layers[0].mlp.up_proj.weight_scale.dtype == torch.bfloat16

@@ -1,10 +1,12 @@
-"""Oracle: the model with its adapters still beside it."""
+"""Oracles: the model with its adapters still beside it; PEFT's own LoRA layer."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import TINY
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import PreTrainedModel
 
 from lowbit.errors import CheckpointError, InputError
@@ -13,6 +15,7 @@ from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 from lowbit.train.distill import next_token_loss
 from lowbit.train.loop import LoopOptions, train
+from lowbit.train.lora_layer import LoraQuantLinear
 from lowbit.train.optim import AdamW8bit
 from lowbit.train.qlora import LoraOptions, add_lora, load_lora, merge_lora
 
@@ -96,3 +99,38 @@ def test_an_adapter_is_saved_loaded_and_refused_by_another_model(tmp_path: Path)
         add_lora(TINY["llama"]())
     with pytest.raises(InputError, match="ends in w1; there are down_proj"):
         add_lora(quantized(), LoraOptions(targets=("w1",)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+def test_the_fused_lora_layer_is_pefts_own_forward_and_backward(has_bias: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = PackedWeight.from_float(torch.randn(48, 128, generator=generator), QuantScheme.parse("nf4-b64-dq"), dtype)
+    base = QuantLinear.from_packed(packed, torch.randn(48, generator=generator).to(dtype) if has_bias else None)
+    layer = LoraQuantLinear(base, "default", config=LoraConfig(r=4, lora_alpha=10), r=4, lora_alpha=10)
+    torch.nn.init.normal_(layer.lora_B["default"].weight, generator=generator)
+    x = torch.randn(2, 5, 128, generator=generator).to(dtype).requires_grad_()
+    dy = torch.randn(2, 5, 48, generator=generator).to(dtype)
+    leaves = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    found = layer(x)
+    gradients = torch.autograd.grad(found, leaves, dy)
+    expected = LoraLinear.forward(layer, x)
+    wanted = torch.autograd.grad(expected, leaves, dy)
+    assert layer._is_plain(base)
+    assert found.dtype == expected.dtype == dtype
+    limit = 1e-5 if dtype == torch.float32 else 1e-2  # bf16: PEFT adds two rounded products, we round their sum
+    for ours, theirs in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() < limit * theirs.norm()
+
+
+def test_what_the_fused_lora_layer_does_not_know_goes_pefts_way() -> None:
+    model = add_lora(quantized(), LoraOptions(rank=4, dropout=0.5))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, layer.in_features)
+    assert not layer._is_plain(layer.get_base_layer())
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+        assert not torch.equal(layer.train()(x), layer(x))
+        with model.disable_adapter():
+            assert torch.equal(layer(x), layer.get_base_layer()(x))

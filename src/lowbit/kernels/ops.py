@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.kernels.fake import fake_activations as fake_activations  # for nn, which sees this file only
+from lowbit.kernels.fake import fake_weight as fake_weight
 from lowbit.kernels.hadamard import rotated
 from lowbit.kernels.registry import pick
 from lowbit.numerics.hadamard import Hadamard
@@ -35,6 +37,7 @@ _LIBRARY.define("rotate(Tensor x, str rotation, bool inverse) -> Tensor")
 
 _parsed = cache(QuantScheme.parse)
 _parsed_rotation = cache(Hadamard.parse)
+_MANY_TOKENS = 128  # from here the product is bound by arithmetic: dequantize once, then torch's product
 
 
 def _quantized_linear(
@@ -123,6 +126,8 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight, static: tuple[Tensor | None, ...]
     ) -> Tensor:
         ctx.weight = weight
+        if weight.scheme.activations is None and x.numel() // x.shape[-1] >= _MANY_TOKENS:
+            return torch.nn.functional.linear(x, dequantize(weight, x), bias)
         return _call(x, bias, weight, static)
 
     @staticmethod

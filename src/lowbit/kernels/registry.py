@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.kernels import cpu, fp8, int8_linear, int8_outlier, reference, wna16_triton
+from lowbit.kernels import cpu, fp8, int8_linear, int8_outlier, nibbles_triton, reference, wna16_triton
 from lowbit.kernels.cuda import wna16_dequantize, wna16_mma, wna16_wgmma
 from lowbit.kernels.measured import fastest, generation_of
 from lowbit.tensors import PackedWeight
@@ -47,6 +47,8 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         Candidate("reference", reference.wna16_linear, _runs_anywhere),
     ),
     "dequantize": (
+        # first, because it needs no fast layout: a model that is trained keeps its codes once
+        Candidate("triton_nibbles", nibbles_triton.dequantize, nibbles_triton.refusal),
         Candidate("cuda_dequantize", wna16_dequantize.dequantize, wna16_dequantize.refusal),
         Candidate("reference", reference.dequantize, _runs_anywhere),
     ),

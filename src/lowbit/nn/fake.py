@@ -16,15 +16,16 @@ A recomputed forward (gradient checkpointing) is not counted. `quantized()` give
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lowbit.kernels.ops import fake_activations, fake_weight
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.affine import choose_scale, encode, value_range
-from lowbit.numerics.fake import fake_quantize, fake_quantize_dynamic, range_grid, stored_grid
+from lowbit.numerics.fake import fake_quantize, range_grid, stored_grid
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
@@ -35,11 +36,13 @@ Learn = Literal["steps", "ranges", "nothing"]
 class FakeOptions:
     """learn: what is learned besides the weights. scale_dtype: in which scales will be stored, None: the weight's.
 
-    warmup, freeze: training forwards, for static activations. momentum: the moving average's newest share.
+    masters: keep the weights that are trained in float32, whatever the layer's dtype; the layer still computes in its
+    own. warmup, freeze: training forwards, for static activations. momentum: the moving average's newest share.
     """
 
     learn: Learn = "steps"
     scale_dtype: torch.dtype | None = None
+    masters: bool = False
     warmup: int = 10
     freeze: int = 200
     momentum: float = 0.05
@@ -63,6 +66,8 @@ class FakeQuantLinear(nn.Linear):
         self.scheme, self.options = scheme, options
         self.weight, self.bias = layer.weight, layer.bias
         self.scale_dtype = options.scale_dtype or layer.weight.dtype
+        if options.masters and layer.weight.dtype != torch.float32:
+            self.weight = nn.Parameter(layer.weight.detach().float(), layer.weight.requires_grad)
         if options.learn == "steps":
             self._learn_steps(*grid)
         elif options.learn == "ranges":
@@ -76,8 +81,11 @@ class FakeQuantLinear(nn.Linear):
         self.train(layer.training)
 
     def _learn_steps(self, scale: Tensor, zero: Tensor | None) -> None:
-        self.weight_scale = nn.Parameter(scale.detach().float().clone())
-        self.register_parameter("weight_zero", None if zero is None else nn.Parameter(zero.detach().float().clone()))
+        # contiguous: a solver's zero-points can be a transposed view, which a kernel would read in the wrong order
+        kept = [None if grid is None else grid.detach().float().clone(memory_format=torch.contiguous_format)
+                for grid in (scale, zero)]  # fmt: skip
+        self.weight_scale = nn.Parameter(cast("Tensor", kept[0]))
+        self.register_parameter("weight_zero", None if kept[1] is None else nn.Parameter(kept[1]))
 
     def _learn_ranges(self, scale: Tensor, zero: Tensor | None) -> None:
         bounds, shift = self.scheme.weights.format, 0.0 if zero is None else zero.float()
@@ -97,16 +105,15 @@ class FakeQuantLinear(nn.Linear):
         scale, zero = choose_scale(*value_range(self.weight.detach(), weights), weights, self.scale_dtype)
         return scale.float(), None if zero is None else zero.float()
 
-    def fake_weight(self) -> Tensor:
-        """The weight [N, K] as its codes will stand for it, float32."""
-        return fake_quantize(self.weight, *self.weight_grid(), self.scheme.weights, self.scale_dtype)
+    def fake_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] as its codes will stand for it, in float32 or what is multiplied."""
+        return fake_weight(self.weight, *self.weight_grid(), self.scheme, self.scale_dtype, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype, or autocast's."""
-        weight = self.fake_weight()
-        if not torch.is_autocast_enabled(x.device.type):
-            weight = weight.to(x.dtype)
-        return linear(self.fake_input(x), weight, self.bias)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return linear(self.fake_input(x), self.fake_weight(dtype), self.bias)
 
     def fake_input(self, x: Tensor) -> Tensor:
         """x rounded to the grid of the scheme's activations, if it has one."""
@@ -114,7 +121,7 @@ class FakeQuantLinear(nn.Linear):
         if activations is None:
             return x
         if not self.watches:
-            return fake_quantize_dynamic(x, activations)
+            return fake_activations(x, self.scheme)
         if self.training and not _recomputing():
             self._watch(x.detach())
         scale, zero = self.input_grid(x.dtype)

@@ -18,7 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowbit.numerics.affine import choose_scale, decode, encode, group_view, quantize_dequantize, round_to, stored_scale
+from lowbit.numerics.affine import choose_scale, decode, encode, group_view, round_to, stored_scale
+from lowbit.numerics.dynamic import round_activations
 from lowbit.numerics.scheme import TensorScheme
 
 
@@ -80,7 +81,7 @@ def fake_quantize(
 class _DynamicFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scheme: TensorScheme) -> Tensor:
-        return quantize_dequantize(x, scheme, x.dtype).to(x.dtype)
+        return round_activations(x, scheme).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

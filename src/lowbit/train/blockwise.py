@@ -4,6 +4,7 @@ States are decoded, stepped in float32 and encoded again. On CUDA all tensors of
 kernel (kernels/cuda/optim.py); elsewhere, and for 4 bits, each tensor goes through torch.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from lowbit.kernels.cuda.optim import KernelStep, Record, Scalars, step_all, ste
 from lowbit.train.rules import Hyper, Rule
 from lowbit.train.states import ABSMAX, BLOCKS, check_state, decode_state, encode_state, layout
 
+_LOG = logging.getLogger("lowbit")
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
@@ -54,6 +56,7 @@ class BlockwiseOptimizer(Optimizer):
     ) -> None:
         _check_hyper(defaults)
         self.rule, self.options, self.decoupled = rule, options, decoupled
+        self._warned = False
         self._known: dict[Tensor, tuple[tuple[Any, ...], Record | None]] = {}
         super().__init__(params, defaults | {"bits": options.bits})
 
@@ -101,8 +104,18 @@ class BlockwiseOptimizer(Optimizer):
             return known[1]
         one = self._step(parameter, bits).for_kernel()
         record = one.record() if step_refusal(one) is None else None
+        if p.is_cuda and not (p.is_contiguous() and g.is_contiguous()):
+            self._warn_once(
+                f"the optimizer steps tensors in plain torch, slowly, because the parameter {list(p.shape)} or its "
+                "gradient is not contiguous; make it so before training"
+            )
         self._known[parameter] = place, record
         return record
+
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _LOG.warning(message)
 
     def _step(self, parameter: Tensor, bits: int) -> _Step:
         p, g = _local(parameter), _local(parameter.grad)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError, InputError
 from lowbit.observe.tokens import Tokens
+from lowbit.optional import installed, late
 
 _ROWS = 1024  # tokens whose float32 log-probabilities exist at one time
 
@@ -33,10 +34,16 @@ class Objective(Protocol):
 
 
 class _Kl(torch.autograd.Function):
-    """Mean KL over rows of logits [M, V], its gradient made on the way."""
+    """Mean KL over rows of logits [M, V], its gradient made on the way: in one kernel on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        if logits.is_cuda and installed("triton"):
+            with torch.cuda.device(logits.device):
+                kernels: Any = late("lowbit.kernels.triton.kl_rows")
+                kl, gradient = kernels.kl_rows(logits.contiguous(), wanted.contiguous())
+            ctx.save_for_backward(gradient)
+            return cast("Tensor", kl.mean())
         gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
         for rows in _row_slices(logits.shape[0]):
             log_q = torch.log_softmax(logits[rows].float(), -1)

@@ -25,7 +25,7 @@ from lowbit.algorithms.scales import ScaleSearch
 from lowbit.errors import CheckpointError, InputError
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics import metrics
-from lowbit.optional import require
+from lowbit.optional import late, require
 from lowbit.tensors import PackedWeight, check_finite
 
 
@@ -82,6 +82,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions = LoraOptions(), seed:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    config._register_custom_module({QuantLinear: late("lowbit.train.lora_layer").LoraQuantLinear})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config)

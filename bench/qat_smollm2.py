@@ -1,0 +1,209 @@
+"""QAT of SmolLM2 with self-distillation, against the GPTQ it begins with: one row per scheme and seed.
+
+    python bench/qat_smollm2.py MODEL TOKENS OUT.json --scheme w4a16-g64 --seed 0 --seconds 120 --lr 5e-4
+        --calibration CALIBRATION.safetensors --evaluation EVALUATION.safetensors --commit C
+
+TOKENS: the training text as ids, little-endian uint16 in an .xz file (the whole of wiki_train). The student is the
+bfloat16 model with float32 masters of its linears, nothing else is trained; it takes `seconds`, captures included, and
+the learning rate falls with the time that has passed. Judged in float32 on windows of other articles (wiki_valid), as
+bench/accuracy/measure.py does.
+"""
+
+import argparse
+import copy
+import json
+import lzma
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import lowbit
+from lowbit import judge
+from lowbit.model.quantize import Job, batched, quantize_blocks
+from lowbit.model.recipe import Recipe
+from lowbit.model.select import select
+from lowbit.nn.fake import FakeOptions, FakeQuantLinear
+from lowbit.numerics.scheme import QuantScheme
+from lowbit.observe.capture import find_blocks
+from lowbit.observe.tokens import Tokens
+from lowbit.train import qat
+from lowbit.train.compiled import compile_blocks, plain_blocks
+from lowbit.train.distill import Teacher, frozen
+from lowbit.train.graph import Capturable
+from lowbit.train.loop import LoopOptions, train
+
+T, MOST_STEPS, WARMUP = 1024, 10**6, 50
+JUDGING = 30.0  # seconds kept for it where --end is given
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "tokens", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--scheme", default="w4a16-g64")
+    parser.add_argument("--method", default="gptq", help="what training begins with: gptq or rtn-clip")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--scale-rate", type=float, default=0.1)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--graphed", action="store_true", help="each step is a replayed CUDA graph")
+    parser.add_argument("--end", type=float, default=0.0, help="instead of --seconds: the epoch's second to be done by")
+    parser.add_argument("--meet", type=Path, help="a folder in which runs that share a GPU wait for each other")
+    parser.add_argument("--parties", type=int, default=1)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", default="")
+    return parser.parse_args()
+
+
+def training_text(path: Path) -> Tensor:
+    """int64 [n, T]."""
+    ids = numpy.frombuffer(lzma.decompress(path.read_bytes()), dtype="<u2").astype("int64")
+    return torch.from_numpy(ids[: len(ids) // T * T]).view(-1, T)
+
+
+def stored(path: str, count: int) -> Tokens:
+    """The first windows of a .safetensors file of ids."""
+    (ids,) = load_file(path).values()
+    return Tokens(ids[:count].long(), path)
+
+
+def judged(model: PreTrainedModel, reference: judge.Reference) -> dict[str, Any]:
+    means = judge.window_means(model.eval(), reference)
+    kld = means[:, 2]
+    return {
+        "kld": kld.mean().item(),
+        "kld_stderr": (kld.std() / math.sqrt(len(kld))).item(),
+        "perplexity": math.exp(means[:, 0].mean()),
+        "perplexity_original": math.exp(means[:, 1].mean()),
+        "top1": means[:, 3].mean().item(),
+        "windows": [round(value, 5) for value in kld.tolist()],
+    }
+
+
+def solved(base: PreTrainedModel, options: argparse.Namespace) -> PreTrainedModel:
+    """`base` quantized by the method that training begins with."""
+    model, recipe = copy.deepcopy(base), Recipe(QuantScheme.parse(options.scheme), options.method)
+    tokens = stored(options.calibration, options.samples)
+    device = torch.device(options.device)
+    selection = select(model, find_blocks(model)[0], recipe.scheme)
+    batches = list(batched(tokens.ids, 8192)) if options.method == "gptq" else []
+    quantize_blocks(model, Job(recipe, selection, batches, torch.bfloat16, device, hidden_device=device))
+    return model
+
+
+def student_of(base: PreTrainedModel, start: PreTrainedModel, scheme: str) -> PreTrainedModel:
+    student = copy.deepcopy(base).to(torch.bfloat16).requires_grad_(False)
+    qat.prepare(student, QuantScheme.parse(scheme), options=qat.QatOptions(FakeOptions(masters=True)), start=start)
+    for module in student.modules():
+        if isinstance(module, FakeQuantLinear):
+            module.weight.requires_grad_()
+    return student
+
+
+def optimizer_of(student: nn.Module, lr: float, scale_rate: float) -> torch.optim.Optimizer:
+    weights = [module.weight for module in student.modules() if isinstance(module, FakeQuantLinear)]
+    groups = [{"params": weights}, {"params": qat.scale_parameters(student), "lr": lr * scale_rate}]
+    return lowbit.optim.AdamW8bit(
+        groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, options=lowbit.optim.StateOptions(min_size=1)
+    )
+
+
+def learned(
+    student: PreTrainedModel, teacher: PreTrainedModel, text: Tensor, options: argparse.Namespace
+) -> tuple[list[float], list[float]]:
+    """(losses, seconds after which each step had ended)."""
+    if options.compile:
+        for model in (student, teacher):
+            compile_blocks(model)
+    optimizer = optimizer_of(student, options.lr, options.scale_rate)
+    budget = options.end - time.time() - JUDGING if options.end else options.seconds
+    loop = LoopOptions(
+        MOST_STEPS, options.batch, WARMUP, seed=options.seed, diverged=5.0, graphed=options.graphed, seconds=budget
+    )
+    started, times = time.perf_counter(), list[float]()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        times.append(time.perf_counter() - started)
+        if done % 100 == 0:
+            print(f"  {options.scheme} {done} steps, {times[-1]:.0f} of {budget:.0f} s", flush=True)
+
+    return train(Capturable(student), text, Teacher(Capturable(teacher)), optimizer, loop, None, progress).losses, times
+
+
+def meet(options: argparse.Namespace) -> None:
+    """Wait, a minute at most, until all runs have come this far: only then a step's time is what it will be."""
+    if options.meet is None:
+        return
+    options.meet.mkdir(parents=True, exist_ok=True)
+    (options.meet / f"{options.scheme}-{options.seed}").touch()
+    until = time.perf_counter() + 60
+    while len(list(options.meet.iterdir())) < options.parties and time.perf_counter() < until:
+        time.sleep(0.2)
+
+
+def main() -> None:
+    options = arguments()
+    device, text = torch.device(options.device), training_text(options.tokens)
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(device)
+    reference = judge.Reference.of(base, stored(options.evaluation, options.windows))
+    clock = time.perf_counter()
+    start = solved(base, options)
+    common = {"scheme": options.scheme, "seed": options.seed, "device": _device_name(device), "batch": options.batch,
+              "torch": torch.__version__, "commit": options.commit, "model": "SmolLM2-135M-Instruct, permuted"}  # fmt: skip  # noqa: E501
+    rows = [common | {"method": options.method, "seconds": time.perf_counter() - clock} | judged(start, reference)]
+    _show(rows[-1])
+    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    student = student_of(base, start, options.scheme)
+    del start
+    teacher = copy.deepcopy(base).to(torch.bfloat16)
+    frozen([teacher])
+    meet(options)
+    clock = time.perf_counter()
+    losses, times = learned(student, teacher, text, options)
+    seconds = time.perf_counter() - clock
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    plain = qat.convert(student).to(torch.float32)
+    plain_blocks(plain)
+    rows.append(common | {
+        "method": f"qat, self-distillation from {options.method}", "steps": len(losses),
+        "tokens": len(losses) * options.batch * T, "lr": options.lr,
+        "scale_lr": options.lr * options.scale_rate,
+        "graphed": options.graphed, "compiled": options.compile, "seconds": seconds,
+        "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1), "first_step_seconds": times[0],
+        "peak_bytes": peak,
+        "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
+    } | judged(plain, reference))  # fmt: skip
+    _show(rows[-1])
+    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _parts(losses: list[float], size: int) -> list[list[float]]:
+    return [losses[start : start + size] for start in range(0, len(losses), size)]
+
+
+def _show(row: dict[str, Any]) -> None:
+    print(f"{row['scheme']} {row['method']}: KL {row['kld']:.4f} +- {row['kld_stderr']:.4f}, perplexity "
+          f"{row['perplexity']:.2f} of {row['perplexity_original']:.2f}, {row['seconds']:.0f} s", flush=True)  # fmt: skip  # noqa: E501
+    if "losses" in row:
+        print("  losses", row["losses"], flush=True)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+if __name__ == "__main__":
+    main()
