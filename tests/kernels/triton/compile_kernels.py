@@ -21,7 +21,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lowbit.kernels.int8 import Scaling
-from lowbit.kernels.triton import columns, fp8_quantize, hadamard, int8_linear, int8_quantize, wna16_linear
+from lowbit.kernels.triton import (
+    columns,
+    fake_quantize,
+    fp8_quantize,
+    hadamard,
+    int8_linear,
+    int8_quantize,
+    kl_rows,
+    nibbles_dequantize,
+    rounding,
+    wna16_linear,
+)
 from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
@@ -94,6 +105,24 @@ def _call_everything() -> None:
         limits = QuantScheme.parse(scheme).weights.format
         columns.round_panel(panel, corner, panel, panel, limits)
         columns.descend_panel(panel, corner, panel, panel, limits)
+    grids, int4 = torch.ones(64, 4), QuantScheme.parse("w4a16-g64").weights
+    for zero in (None, grids):
+        w = torch.randn(64, 256)
+        rounding.rounded_weight(w, w, grids, zero, int4.format, torch.bfloat16)
+        rounding.rounded_gradients(w, w, grids, zero, w.bfloat16(), int4.format)
+        for stored in (torch.float16, torch.bfloat16, torch.float32):
+            fake_quantize.fake_quantize(w, grids, zero, int4, stored, torch.bfloat16)
+            fake_quantize.fake_quantize_backward(w.bfloat16(), w, grids, zero, int4, stored)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x = torch.randn(4, 256).to(dtype)
+        kl_rows.kl_rows(x, x)
+        for scheme in ("w8a8", "w8a8-dynamic-asym"):
+            activations = QuantScheme.parse(scheme).activations
+            assert activations is not None
+            fake_quantize.fake_quantize_rows(x, activations)
+        for scheme in ("nf4-b64", "nf4-b64-dq", "fp4-b64"):
+            weight = PackedWeight.from_float(torch.randn(64, 256), QuantScheme.parse(scheme), dtype)
+            nibbles_dequantize.dequantize(x, weight)
 
 
 if __name__ == "__main__":
