@@ -79,7 +79,7 @@ def test_learning_reports_what_it_gained_and_which_float_parameters_it_changed()
 def test_the_report_tells_per_layer_what_the_rungs_below_leave(
     level: int, methods: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    klds = iter((0.1, 0.2))
+    klds = iter([0.2] * level + [0.1])
     monkeypatch.setattr(effort, "_distance", lambda *_: next(klds))  # so that the rung is kept
     model = _original()
     recipe = Recipe.at_effort(SCHEME, level)

@@ -19,6 +19,7 @@ from lowbit.model.quantize import Job, batched, quantize_blocks
 from lowbit.model.recipe import Recipe
 from lowbit.model.rungs import with_lower_run
 from lowbit.observe.tokens import Tokens
+from lowbit.report import LayerRecord
 
 SHARE, MOST = 8, 8  # one calibration window in 8 is kept apart, at most 8
 
@@ -45,14 +46,16 @@ def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
     model.to("cpu")  # type: ignore[arg-type]
     best: tuple[float, PreTrainedModel, Outcome] | None = None
     words: list[str] = []
+    below: list[list[LayerRecord]] = []
     for level in range(job.recipe.effort):
         lower = Recipe.at_effort(job.recipe.scheme, level, job.recipe.rules, job.recipe.observer)
         other = copy.deepcopy(model)
         log = _run_one(other, replace(job, recipe=lower), kept)
-        below = _distance(other, reference)
-        words.insert(0, f"effort {level} ({lower.method}) {below:.4f}")
-        if best is None or below <= best[0]:
-            best = below, other, Outcome(lower, log)
+        below.append(log.records)
+        reached = _distance(other, reference)
+        words.insert(0, f"effort {level} ({lower.method}) {reached:.4f}")
+        if best is None or reached <= best[0]:
+            best = reached, other, Outcome(lower, log)
         del other
     log = _run_one(model, job, kept)
     found = _distance(model, reference)
@@ -64,8 +67,8 @@ def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
         best[2].log.warnings.append(f"{', '.join(words)}: effort {best[2].recipe.effort} was kept")
         return best[2]
     log.notes.append(", ".join(words))
-    if best is not None:
-        log.records = with_lower_run(log.records, best[2].log.records)
+    for records in below:
+        log.records = with_lower_run(log.records, records)
     return Outcome(job.recipe, log)
 
 

@@ -1,7 +1,7 @@
 """What each rung of --effort gained in a layer: the errors that the rungs below it leave, on the same statistics.
 
 Rounding to nearest costs one pass over the weights and is always compared; weighted scales cost a search and are where
-the rung is 3 or higher. The rung right below is run in full by effort.py, which adds its errors.
+the rung is 3 or higher. All rungs below are run in full by effort.py, which adds the errors of the others.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def errors_below(
 
 
 def with_lower_run(records: Sequence[LayerRecord], lower: Sequence[LayerRecord]) -> list[LayerRecord]:
-    """The records with the errors that the run of the rung below left in the same layers."""
+    """The records with the errors that the run of a rung below left in the same layers."""
     by_name = {record.name: record for record in lower}
     found = []
     for record in records:
