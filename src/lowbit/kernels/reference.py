@@ -115,7 +115,4 @@ def _outlier_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, thresh
 
 def int8_product(q: Tensor, codes: Tensor) -> Tensor:
     """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], exact. The oracle of int8 kernels."""
-    exact = (
-        torch.float64 if q.is_cuda else torch.int64
-    )  # torch multiplies no int64 on CUDA; below 2^53 float64 is exact
-    return (q.to(exact) @ codes.to(exact).T).to(torch.int32)
+    return (q.double() @ codes.double().T).to(torch.int32)  # sums below 2^53 are exact, and torch has fast products
