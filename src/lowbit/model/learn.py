@@ -23,8 +23,8 @@ class Learning:
     """steps of `windows` windows each; rates are the first step's, falling linearly to zero.
 
     rate moves codes, in steps of the grid; gain_rate and norm_rate are relative. spread: how near to its edges a code
-    begins (nn/rounding.py). held_out: windows that judge, fewer where there are few. stored: the dtype in which norms
-    will be written.
+    begins (nn/rounding.py; on SmolLM2 1 found nothing in 300 steps, 0 lowered KL by 2 %). held_out: windows that judge,
+    fewer where there are few. stored: the dtype in which norms will be written.
     """
 
     steps: int = 300
@@ -32,7 +32,7 @@ class Learning:
     rate: float = 0.005
     gain_rate: float = 0.0005
     norm_rate: float = 0.0005
-    spread: float = 1.0
+    spread: float = 0.0
     held_out: int = 8
     checks: int = 10
     sign: bool = False
