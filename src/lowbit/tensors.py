@@ -130,10 +130,10 @@ class PackedWeight:
         return self.codes
 
     def zero_points(self) -> Tensor | None:
-        """The zero-points, unpacked: int8 in the shape of the scale, or None."""
+        """The zero-points, unpacked: int8 in the shape of the scale, contiguous; or None."""
         if self.zero is None or self.zero.dtype == torch.int8:
             return self.zero
-        return unpack(self.zero.T.contiguous(), self.scheme.weights.bits, self.shape[0]).T
+        return unpack(self.zero.T.contiguous(), self.scheme.weights.bits, self.shape[0]).T.contiguous()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes stand for; computed in float32, then rounded to dtype."""
