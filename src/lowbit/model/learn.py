@@ -22,9 +22,8 @@ from lowbit.numerics.metrics import kl_divergence
 class Learning:
     """steps of `windows` windows each; rates are the first step's, falling linearly to zero.
 
-    rate moves codes, in steps of the grid; gain_rate and norm_rate are relative. spread: how near to its edges a code
-    begins (nn/rounding.py; on SmolLM2 1 found nothing in 300 steps, 0 lowered KL by 2 %). held_out: windows that judge,
-    fewer where there are few. stored: the dtype in which norms will be written.
+    rate moves codes, in steps of the grid; gain_rate and norm_rate are relative. held_out: windows that
+    judge, fewer where there are few. stored: the dtype in which norms will be written.
     """
 
     steps: int = 300
@@ -32,7 +31,6 @@ class Learning:
     rate: float = 0.005
     gain_rate: float = 0.0005
     norm_rate: float = 0.0005
-    spread: float = 0.0
     held_out: int = 8
     checks: int = 10
     sign: bool = False
@@ -77,7 +75,7 @@ def learn(
     def divergence(numbers: Tensor) -> Tensor:
         return _divergence(model, ids[numbers].to(device), answers(numbers))
 
-    softened = _soften(model, original, options.spread)
+    softened = _soften(model)
     groups = _parameters(model, softened, options)
     best = before = _held_out(divergence, held_out)
     best_state, best_step = _state(groups), 0
@@ -108,12 +106,12 @@ def learn(
     return Learned(before, best, best_step, frozenset(rewritten) if best_step else frozenset())
 
 
-def _soften(model: nn.Module, original: nn.Module, spread: float) -> dict[str, RoundingLinear]:
+def _soften(model: nn.Module) -> dict[str, RoundingLinear]:
     """Replace each integer QuantLinear by a RoundingLinear; name -> layer."""
     found = {}
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear) and layer.scheme.weights.format.kind == "int":
-            found[name] = RoundingLinear(layer, original.get_submodule(name).get_parameter("weight"), spread)
+            found[name] = RoundingLinear(layer)
             _put(model, name, found[name])
     return found
 
@@ -124,6 +122,7 @@ def _parameters(model: nn.Module, softened: dict[str, RoundingLinear], options: 
         parameter.requires_grad_(False)
     codes = [layer.v for layer in softened.values()]
     gains = [layer.gain for layer in softened.values()]
+    gains += [layer.input_gain for layer in softened.values() if layer.input_gain is not None]
     learned = {id(parameter) for parameter in (*codes, *gains)}
     norms = [
         parameter

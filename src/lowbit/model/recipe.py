@@ -100,8 +100,6 @@ class Recipe:
                 "nf4 and fp4 are written as bitsandbytes writes them, which has no form for inputs that turn at run "
                 'time; use Rotation(online="none")'
             )
-        if self.method == "learned" and self.rotation is not None:
-            raise InputError("learned does not work on a rotated model yet; use --method rotate or aligned")
         if self.method == "learned" and self.learning is None:
             object.__setattr__(self, "learning", Learning())
 
