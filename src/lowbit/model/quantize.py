@@ -84,7 +84,15 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
             _stream(model, job) as clean,
         ):
             give_back()
-            for twin in islice(twins(noisy, clean, take_out), depth):
+
+            def prepare(block: Block) -> None:
+                take_out(block.module)
+                inside = _inside(job, block.name)
+                if job.recipe.method in SMOOTHING_METHODS:
+                    groups, idle = input_groups(block, _split(block.module, inside)[0])
+                    _smooth(block, groups, idle, inside, log)
+
+            for twin in islice(twins(noisy, clean, prepare), depth):
                 _quantize_twin(twin, _inside(job, twin.noisy.name), log)
                 give_back()
                 job.progress("quantizing", twin.noisy.index + 1, depth)
@@ -153,9 +161,7 @@ def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: Layer
     with watching_endings(block, linears) as endings:
         groups, idle = input_groups(block, linears)
     if log.recipe.method in SMOOTHING_METHODS:
-        busy = [group for group in groups if group[0] not in idle]
-        rewritten = smooth_block(block, busy, schemes, log.scale_dtype)
-        log.rewritten |= {f"{block.name}.{name}" for name in rewritten}
+        _smooth(block, groups, idle, schemes, log)
     with keeping_decoded(), replaying(block, endings) as replays:
         for stage in _stages([group for group in groups if group[0] not in idle]):
             statistics = _observe_linears(block, stage, schemes, log, replays)
@@ -171,6 +177,14 @@ def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: Layer
             solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
         if not block.is_last:
             block.advance()
+
+
+def _smooth(
+    block: Block, groups: list[list[str]], idle: list[str], schemes: dict[str, QuantScheme], log: LayerLog
+) -> None:
+    busy = [group for group in groups if group[0] not in idle]
+    rewritten = smooth_block(block, busy, schemes, log.scale_dtype)
+    log.rewritten |= {f"{block.name}.{name}" for name in rewritten}
 
 
 def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -> None:
