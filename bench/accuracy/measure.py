@@ -79,12 +79,14 @@ class Solver:
 
     def solved(self, row: dict, recipe: Recipe, tokens: Tokens):
         """(model, root mean square of its layers' output errors or None) before learning; seconds are the caller's."""
-        key = json.dumps([{name: row[name] for name in sorted(row) if name not in ("name", "learning")}, tokens.hash])
+        fixed = {name: row[name] for name in sorted(row) if name not in ("name", "learning")}
+        key = json.dumps([fixed, "learning" in row, tokens.hash])
         if self._known is None or self._known[0] != key:
             self._known = None
             model = copy.deepcopy(self.base)
             selection = select(model, find_blocks(model)[0], recipe.scheme, recipe.rules)
-            batches = list(batched(tokens.ids, 8192))
+            seen = len(tokens.ids) - (recipe.learning.apart(len(tokens.ids)) if recipe.learning else 0)
+            batches = list(batched(tokens.ids[:seen], 8192))
             job = Job(recipe, selection, batches, torch.bfloat16, self.device, hidden_device=self.device)
             log = quantize_blocks(model, job)
             errors = [record.output_error**2 for record in log.records if record.output_error is not None]

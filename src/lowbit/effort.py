@@ -35,12 +35,13 @@ class Outcome:
 def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
     """Quantize `model` in place by job.recipe; ids int64 [samples, T]: the calibration tokens, None without any.
 
-    job.batches are made here. With fewer than 8 windows nothing is kept apart and no rungs are compared.
+    job.batches are made here. With fewer than 8 windows nothing is kept apart and no rungs are compared. Learning
+    judges itself on the windows kept apart.
     """
     apart = 0 if ids is None else min(len(ids) // SHARE, MOST)
     if not job.recipe.effort or not apart or ids is None:
         return Outcome(job.recipe, _run_one(model, job, ids))
-    kept, held_out = ids[:-apart], Tokens(ids[-apart:], "calibration windows kept apart")
+    held_out = Tokens(ids[-apart:], "calibration windows kept apart")
     model.to(job.device)  # type: ignore[arg-type]
     reference = judge.Reference.of(model, held_out)
     model.to("cpu")  # type: ignore[arg-type]
@@ -50,14 +51,14 @@ def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
     for level in range(job.recipe.effort):
         lower = Recipe.at_effort(job.recipe.scheme, level, job.recipe.rules, job.recipe.observer)
         other = copy.deepcopy(model)
-        log = _run_one(other, replace(job, recipe=lower), kept)
+        log = _run_one(other, replace(job, recipe=lower), ids, apart)
         below.append(log.records)
         reached = _distance(other, reference)
         words.insert(0, f"effort {level} ({lower.method}) {reached:.4f}")
         if best is None or reached <= best[0]:
             best = reached, other, Outcome(lower, log)
         del other
-    log = _run_one(model, job, kept)
+    log = _run_one(model, job, ids, apart)
     found = _distance(model, reference)
     words.insert(
         0, f"effort {job.recipe.effort} ({job.recipe.method}) reached KL {found:.4f} on {apart} windows kept apart"
@@ -80,9 +81,13 @@ def _distance(model: PreTrainedModel, reference: judge.Reference) -> float:
     return kld
 
 
-def _run_one(model: PreTrainedModel, job: Job, ids: Tensor | None) -> LayerLog:
-    batches: Sequence[Tensor] = [] if ids is None else list(batched(ids))
+def _run_one(model: PreTrainedModel, job: Job, ids: Tensor | None, apart: int = 0) -> LayerLog:
+    """Solve on all but the last `apart` windows of ids; learning, if there is any, is judged on these."""
     learning = job.recipe.learning
+    if learning is not None and ids is not None:
+        apart = apart or learning.apart(len(ids))
+        learning = replace(learning, held_out=apart)
+    batches: Sequence[Tensor] = [] if ids is None else list(batched(ids[: len(ids) - apart]))
     original = copy.deepcopy(model) if learning is not None else None
     log = quantize_blocks(model, replace(job, batches=batches))
     if learning is not None and original is not None and ids is not None:

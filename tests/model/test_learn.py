@@ -78,7 +78,7 @@ def test_the_scale_of_static_activations_is_learned_towards_what_clips_less() ->
     original, model = _quantized("rtn:w8a8-static")
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
     layer._buffers["input_scale"] = layer.input_scale / 8
-    found = learn(model, original, IDS, Learning(steps=60, windows=4, held_out=4, rate=0.0, gain_rate=0.02))
+    found = learn(model, original, IDS, Learning(steps=60, windows=4, held_out=4, rate=0.0, input_rate=0.02))
     learned = model.get_submodule("model.layers.0.mlp.down_proj").input_scale
     assert found.after < found.before
     assert learned.dtype == layer.input_scale.dtype

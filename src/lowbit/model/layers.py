@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.choose import Moments, solve_best
 from lowbit.algorithms.columns import PLAIN, Columns
-from lowbit.algorithms.correction import corrected_bias
+from lowbit.algorithms.correction import corrected_bias, cross_fitted
 from lowbit.algorithms.gptq import solve_gptq
 from lowbit.algorithms.hqq import solve_hqq
 from lowbit.algorithms.rtn import solve_rtn
@@ -52,7 +52,8 @@ class Statistics:
     """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
 
     shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it; held_out
-    keeps tokens apart that judge candidates (algorithms/choose.py). rounding: how the layer will round its input at run
+    has tokens that judge: candidates made of the others (algorithms/choose.py), or the shares of a correction, and then
+    it is a part of the whole (`add`). rounding: how the layer will round its input at run
     time, in so few bits that the moments are taken of what it then multiplies.
     """
 
@@ -73,6 +74,14 @@ class Statistics:
         """What algorithms/choose.py and correction.py work on; only where shift was observed."""
         assert self.shift is not None
         return Moments(moment, self.shift.value, None if self.residual is None else self.residual.value)
+
+    def add(self, part: "Statistics") -> None:
+        """Add the tokens of a part to the moments."""
+        for whole, taken in ((self.shift, part.shift), (self.residual, part.residual)):
+            if whole is not None and taken is not None:
+                whole.add(taken)
+        if self.moment is not None and part.moment is not None:
+            self.moment.add(part.moment)
 
     def turned(self, x: Tensor) -> Tensor:
         """x [..., K] as the layer rotates it; x itself where it does not."""
@@ -284,9 +293,14 @@ def _solved(
     if recipe.correction is None or moment is None or observed is None or observed.shift is None:
         return log.solve(w, scheme, moment, name)
     seen = observed.moments(moment)
-    if recipe.method != "chosen" or observed.held_out is None or observed.held_out.moment is None:
+    if observed.held_out is None or observed.held_out.moment is None or not observed.held_out.moment.tokens:
         return log.solve(seen.aim(w, recipe.correction), scheme, moment, name)
     held_out = observed.held_out.moments(observed.held_out.moment.value)
+    if recipe.method != "chosen":
+        assert observed.moment is not None
+        others = seen.without(held_out, observed.held_out.moment.tokens / observed.moment.tokens)
+        correction = cross_fitted(w, (others, held_out), recipe.correction)
+        return log.solve(seen.aim(w, correction), scheme, moment, name)
     options = [(recipe.gptq, replace(recipe.correction, strength=s, residual=r)) for s, r in CANDIDATES]
     columns = columns_for(w.device)
     return solve_best(w, seen, held_out, scheme.weights, log.scale_dtype, options, columns), recipe.method

@@ -22,7 +22,8 @@ from lowbit.numerics.metrics import kl_divergence
 class Learning:
     """steps of `windows` windows each; rates are the first step's, falling linearly to zero.
 
-    rate moves codes, in steps of the grid; gain_rate and norm_rate are relative. held_out: windows that
+    rate moves codes, in steps of the grid; the other rates are relative: of the weights' scales (gain_rate), of norms,
+    and of static activations' scales (input_rate). held_out: windows that
     judge, fewer where there are few. stored: the dtype in which norms will be written.
     """
 
@@ -31,11 +32,20 @@ class Learning:
     rate: float = 0.005
     gain_rate: float = 0.0005
     norm_rate: float = 0.0005
+    input_rate: float = 0.002
     held_out: int = 8
     checks: int = 10
     sign: bool = False
     seed: int = 0
     stored: torch.dtype = torch.bfloat16
+
+    def apart(self, windows: int) -> int:
+        """How many of so many windows are held out. Raises InputError where that leaves none."""
+        if windows < 4:
+            raise InputError(
+                f"learning needs 4 or more calibration windows to judge itself, not {windows}: --samples 64"
+            )
+        return min(self.held_out, windows // 4)
 
 
 Wanted = Callable[[Tensor], Tensor]
@@ -62,12 +72,13 @@ def learn(
 ) -> Learned:
     """Improve the quantized layers of `model` in place; ids [samples, T]; original is the float model, on its device.
 
+    The last windows of ids (`Learning.apart`) judge. A solver must not have seen them: on windows that it was fitted to
+    a model is twice as close to the original as elsewhere, and learning would only lose there.
+
     Layers that are not integers are left alone. The norms of the model are learned as far as they are 1-D parameters.
     wanted: what the original answers, where that is known already; else it runs along.
     """
-    apart = min(options.held_out, len(ids) // 4)
-    if not apart:
-        raise InputError(f"learning needs 4 or more calibration windows to judge itself, not {len(ids)}: --samples 64")
+    apart = options.apart(len(ids))
     device = next(model.parameters()).device
     answers = wanted or _answers(original, ids, device)
     train, held_out = torch.arange(len(ids)).split([len(ids) - apart, apart])
@@ -122,14 +133,16 @@ def _parameters(model: nn.Module, softened: dict[str, RoundingLinear], options: 
         parameter.requires_grad_(False)
     codes = [layer.v for layer in softened.values()]
     gains = [layer.gain for layer in softened.values()]
-    gains += [layer.input_gain for layer in softened.values() if layer.input_gain is not None]
-    learned = {id(parameter) for parameter in (*codes, *gains)}
+    inputs = [layer.input_gain for layer in softened.values() if layer.input_gain is not None]
+    learned = {id(parameter) for parameter in (*codes, *gains, *inputs)}
     norms = [
         parameter
         for name, parameter in model.named_parameters()
         if parameter.dim() == 1 and not name.endswith("bias") and id(parameter) not in learned
     ]
-    groups = [(codes, options.rate), (gains, options.gain_rate), (norms, options.norm_rate)]
+    groups = [
+        (codes, options.rate), (gains, options.gain_rate), (norms, options.norm_rate), (inputs, options.input_rate)
+    ]  # fmt: skip
     kept = [(parameters, rate) for parameters, rate in groups if parameters and rate > 0]
     for parameters, _ in kept:
         for parameter in parameters:
