@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.choose import solve_best
 from lowbit.algorithms.correction import corrected_bias
+from lowbit.algorithms.gptaq import solve_gptaq, solve_qronos
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
 from lowbit.model.log import LayerLog, columns_for
+from lowbit.model.recipe import ASYMMETRIC_METHODS
 from lowbit.model.statistics import Statistics
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
@@ -111,6 +114,9 @@ def _solved(
     if recipe.correction is None or moment is None or observed is None or observed.shift is None:
         return log.solve(w, scheme, moment, name)
     seen = observed.moments(moment)
+    if recipe.method in ASYMMETRIC_METHODS:
+        solve = solve_gptaq if recipe.method == "gptaq" else partial(solve_qronos, columns=columns_for(w.device))
+        return solve(w, moment, seen.shift, scheme.weights, log.scale_dtype, recipe.gptq), recipe.method
     if recipe.method != "chosen" or observed.held_out is None or observed.held_out.moment is None:
         return log.solve(seen.aim(w, recipe.correction), scheme, moment, name)
     held_out = observed.held_out.moments(observed.held_out.moment.value)
