@@ -19,7 +19,6 @@ from lowbit.errors import InputError
 from lowbit.kernels.reference import keeping_decoded
 from lowbit.memory import give_back
 from lowbit.model.aligned import Twin, residual_sources, twins
-from lowbit.model.fold import smooth_block
 from lowbit.model.layers import solve_experts, solve_linears
 from lowbit.model.log import LayerLog
 from lowbit.model.observing import observe_experts, observe_linears, observe_twin
@@ -28,6 +27,7 @@ from lowbit.model.rotate import rotate_model
 from lowbit.model.rotation import Rotation
 from lowbit.model.select import Selection
 from lowbit.model.sensitivity import sense
+from lowbit.model.smooth import smooth_block
 from lowbit.model.statistics import Statistics
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
@@ -91,18 +91,16 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
             give_back()
             for block in islice(stream, depth):
                 take_out(block.module)
-                _quantize_observed(block, _inside(job, block.name), log)
+                schemes = _inside(job, block.name)
+                _quantize_observed(block, schemes, log)
+                if job.recipe.method in SMOOTHING_METHODS and schemes:
+                    _check_smoothed(model, job.recipe.method, log)
                 give_back()
                 job.progress("quantizing", block.index + 1, depth)
     else:
         for index, module in enumerate(blocks):
             _quantize_blind(module, f"{blocks_name}.{index}", _inside(job, f"{blocks_name}.{index}"), log)
             job.progress("quantizing", index + 1, len(blocks))
-    if job.recipe.method in SMOOTHING_METHODS and not log.rewritten:
-        raise InputError(
-            f"{job.recipe.method} found no norm in {type(model).__name__} whose only readers are linears that are "
-            "quantized; use --method gptq"
-        )
     log.rewritten |= log.corrected
     for name in outside:
         solve_linears(model, "", [name], job.selection.schemes[name], None, log)
@@ -118,6 +116,16 @@ def _rotate(model: nn.Module, job: Job, options: Rotation, log: LayerLog) -> Non
         f"rotated {'the residual stream, ' * options.residual}the values of {rotated.heads} blocks and the inputs of "
     )
     log.notes.append(f"{words}{len(rotated.online)} layers at run time")
+
+
+def _check_smoothed(model: nn.Module, method: str, log: LayerLog) -> None:
+    """Raise InputError after a block in which no norm could take scales: in an hour it would be no better."""
+    if not log.rewritten:
+        other = "aligned" if method == "awq" else "gptq"
+        raise InputError(
+            f"{method} found no norm in {type(model).__name__} whose only readers are matrices that can be scaled "
+            f"with it; use --method {other}"
+        )
 
 
 def _stream(model: nn.Module, job: Job) -> BlockStream:
