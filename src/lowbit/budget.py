@@ -146,7 +146,7 @@ class Search:
             most = max(place for place, bits in enumerate(needed) if bits <= self._budget.bits)
             probes = levels[max(most - 1, 0) : most + 1]
         may_skip = (self._min_coverage or 0.0) if self._max_kld is not None else None
-        probe = Probe.on(ground.ids, ground.scale_dtype, ground.progress)
+        probe = Probe.on(ground.ids, self._recipe, ground.scale_dtype, ground.progress)
         return measured_table(ground.model, ground.selection, self._recipe.rules, levels, probes, may_skip, probe)
 
     def _ruled(self) -> Recipe:

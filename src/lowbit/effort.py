@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit import judge
-from lowbit.model.layers import LayerLog
 from lowbit.model.learn import Learning, learn
+from lowbit.model.log import LayerLog
 from lowbit.model.quantize import Job, batched, quantize_blocks
 from lowbit.model.recipe import Recipe
 from lowbit.model.rungs import with_lower_run

@@ -25,7 +25,7 @@ from lowbit.io.folder import atomic_folder, check_destination, empty
 from lowbit.io.load import load_source
 from lowbit.io.names import disk_layout
 from lowbit.io.source import Source, load_float, load_tokenizer, model_config, open_source
-from lowbit.model.layers import LayerLog
+from lowbit.model.log import LayerLog
 from lowbit.model.quantize import Job, Progress, needs_data
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import Selection, coverage, select

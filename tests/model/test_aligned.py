@@ -3,6 +3,7 @@ by hand below; and moments over activations that hooks collect from the two whol
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +13,9 @@ from checkpoints import TOKENS, quantize_in_memory
 from torch import Tensor, nn
 
 from lowbit.algorithms.correction import Correction
+from lowbit.algorithms.gptaq import solve_gptaq, solve_qronos
+from lowbit.algorithms.gptq import solve_gptq
+from lowbit.algorithms.solution import Solution
 from lowbit.model import quantize
 from lowbit.model.aligned import BLOCK_INPUT, residual_sources, twins
 from lowbit.model.recipe import Recipe
@@ -80,7 +84,7 @@ def test_the_twin_sees_both_models_inputs_and_residual_streams() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "opt", "mixtral", "gpt_neox"])
-@pytest.mark.parametrize("method", ["aligned", "chosen"])
+@pytest.mark.parametrize("method", ["aligned", "chosen", "gptaq", "qronos"])
 def test_every_architecture_is_quantized_by_aligned_methods(model_type: str, method: str) -> None:
     original = tiny(model_type)
     model = copy.deepcopy(original)
@@ -90,6 +94,25 @@ def test_every_architecture_is_quantized_by_aligned_methods(model_type: str, met
     assert any(isinstance(module, QuantLinear) for module in model.modules())
     assert {record.method for record in log.records} <= {method, "aligned", "rtn"}  # experts that no token reached
     assert (logits - wanted).norm() < 0.5 * wanted.norm()
+
+
+@pytest.mark.parametrize("solve", [solve_gptaq, solve_qronos])
+def test_gptaq_and_qronos_are_solved_on_the_moments_of_both_models(solve: Callable[..., Solution]) -> None:
+    """The first block reads the same in both models, so the second one's first layer tells them from gptq."""
+    original = tiny("llama")
+    recipe = Recipe(QuantScheme.parse("w3a16-g16"), solve.__name__.removeprefix("solve_"))
+    model, name = copy.deepcopy(original), "model.layers.1.self_attn.v_proj"
+    quantize_in_memory(model, recipe, batches=[TOKENS])
+    half = copy.deepcopy(original)
+    half.model.layers[0] = copy.deepcopy(model.model.layers[0])
+    x, noisy = (_inputs(whole, name).flatten(0, 1) for whole in (original, half))
+    w = original.get_submodule(name).weight.detach()
+    moments = noisy.T @ noisy / len(x), (x - noisy).T @ noisy / len(x)
+    expected = solve(w, *moments, recipe.scheme.weights, torch.float32).dequantized
+    found = model.get_submodule(name).packed.dequantize()
+    assert (found - expected).norm() < 0.1 * (expected - w).norm()
+    gptq = solve_gptq(w, moments[0], recipe.scheme.weights, torch.float32).dequantized
+    assert (gptq - expected).norm() > 0.2 * (expected - w).norm()
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["once a block", "layer after layer"])

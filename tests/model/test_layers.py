@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from lowbit.algorithms.gptq import GptqOptions, solve_gptq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.errors import InputError
-from lowbit.model.layers import BINS, CLIP_SEARCH, LayerLog, histogram, solve_experts, solve_linears
+from lowbit.model.layers import solve_experts, solve_linears
+from lowbit.model.log import CLIP_SEARCH, LayerLog
 from lowbit.model.recipe import Recipe
+from lowbit.model.statistics import BINS, histogram
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.affine import choose_scale

@@ -136,9 +136,7 @@ def test_rotated_inputs_survive_writing_and_loading(text: str, tmp_path: Path) -
         convert(tmp_path / "out", tmp_path / "other", "compressed-tensors")
 
 
-def test_learning_on_a_rotated_model_is_refused() -> None:
-    with pytest.raises(InputError, match="use --method rotate or aligned"):
-        Recipe(QuantScheme.parse("w4a16-g16"), "learned", rotation=Rotation())
+def test_rotations_that_a_format_or_the_options_do_not_know_are_refused() -> None:
     with pytest.raises(SchemeError, match=r'use Rotation\(online="none"\)'):
         Recipe(QuantScheme.parse("nf4-b64"), "rtn", rotation=Rotation())
     with pytest.raises(InputError, match="choose one of none, down, writers, all"):

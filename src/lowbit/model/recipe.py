@@ -7,6 +7,8 @@
     gptq         error feedback on the second moment of the inputs, scales searched under its diagonal
     awq          rtn-weighted after smoothing for the weights (algorithms/smooth.py, model/fold.py)
     smooth       gptq after smoothing for activations in few bits
+    gptaq        gptq that answers the errors of its inputs column by column (algorithms/gptaq.py)
+    qronos       gptq on the weights that fit its inputs best, first column by first column (algorithms/gptaq.py)
     aligned      gptq, aimed at what the original model computes (algorithms/correction.py), then polished
     chosen       several aligned candidates, each row by the best of them on tokens that no candidate saw
     rotate       aligned, after rotations of the residual stream, of heads and of layers' inputs (model/rotate.py)
@@ -30,9 +32,10 @@ from lowbit.model.sensitivity import Sensitivity
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 
-METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", "rotate", "aligned", "chosen", "learned")
-ALIGNED_METHODS = ("rotate", "aligned", "chosen", "learned")
+ASYMMETRIC_METHODS = ("gptaq", "qronos")  # their papers' word: the target has other inputs than the layer
+ALIGNED_METHODS = (*ASYMMETRIC_METHODS, "rotate", "aligned", "chosen", "learned")
 SMOOTHING_METHODS = ("awq", "smooth")
+METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", *ALIGNED_METHODS)
 MOMENT_METHODS = ("rtn-weighted", "gptq", *SMOOTHING_METHODS, *ALIGNED_METHODS)
 POLISH = 3  # rounds; 6 gained 1 % more (docs/log-accuracy.md)
 EFFORTS = ("rtn", "rtn-weighted", "aligned", "chosen", "learned")
@@ -89,8 +92,9 @@ class Recipe:
             )
 
         if self.method in ALIGNED_METHODS and self.correction is None:
-            object.__setattr__(self, "correction", Correction())
-            object.__setattr__(self, "gptq", replace(self.gptq, polish=self.gptq.polish or POLISH))
+            plain = self.method in ASYMMETRIC_METHODS
+            object.__setattr__(self, "correction", Correction(1.0, 0.0) if plain else Correction())
+            object.__setattr__(self, "gptq", replace(self.gptq, polish=0 if plain else self.gptq.polish or POLISH))
         if self.method == "rotate" and self.rotation is None:
             few = any(scheme.activations is not None for scheme in schemes)
             object.__setattr__(self, "rotation", Rotation(online="down" if few else "none"))
