@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms.choose import Moments, distance_to_wanted, solve_best
-from lowbit.algorithms.correction import Correction, corrected, corrected_bias, cross_fitted
+from lowbit.algorithms.correction import Correction, corrected, corrected_bias
 from lowbit.algorithms.gptq import GptqOptions, solve_gptq
 from lowbit.numerics.scheme import QuantScheme
 
@@ -102,45 +102,3 @@ def test_a_bias_takes_back_what_the_layer_loses_on_average() -> None:
     lost = x @ w.T + bias - noisy @ found.T - better
     torch.testing.assert_close(lost.mean(0), torch.zeros(12), atol=1e-4, rtol=0)
     assert lost.square().mean() < (x @ w.T - noisy @ found.T).square().mean()
-
-
-def _distance(moments: Moments, w: Tensor, options: Correction, wanted: Tensor, noisy: Tensor) -> float:
-    return (noisy @ moments.aim(w, options).T - wanted).square().mean().item()
-
-
-def test_cross_fitted_shares_serve_unseen_tokens_nearly_as_well_as_the_best_ones() -> None:
-    """Few tokens make the full step too long; the oracle tries all shares on many tokens that nobody saw."""
-    w = _w()
-    x, noisy, residual = _tokens(3, 400)
-    residual = residual + 4 * torch.randn(residual.shape, generator=torch.Generator().manual_seed(8))
-    parts = [_moments(x[part], noisy[part], residual[part]) for part in (slice(0, 200), slice(200, 400))]
-    moments = _moments(x, noisy, residual)
-    options = Correction(damping=1e-4)
-    found = cross_fitted(w, (parts[0], parts[1]), options)
-    new_x, new_noisy, new_residual = _tokens(4, 20000)
-    wanted = new_x @ w.T + new_residual
-    shares = [i / 20 for i in range(21)]
-    grid = [Correction(1.0, residual=r, inputs=i, damping=1e-4) for r in shares for i in shares]
-    errors = {(o.inputs, o.residual): _distance(moments, w, o, wanted, new_noisy) for o in grid}
-    mine = _distance(moments, w, found, wanted, new_noisy)
-    assert 0 < found.residual < 1
-    assert mine < 1.1 * min(errors.values())
-    assert mine < errors[1.0, 1.0]
-
-
-def test_a_step_of_mere_noise_is_not_taken() -> None:
-    w, (x, _, _) = _w(), _tokens(5, 60)
-    noise = torch.randn(60, 12, generator=torch.Generator().manual_seed(9))
-    halves = [_moments(x[part], x[part], noise[part]) for part in (slice(0, 30), slice(30, 60))]
-    assert cross_fitted(w, (halves[0], halves[1]), Correction()).residual < 0.2
-
-
-def test_moments_without_a_part_are_those_of_the_other_tokens() -> None:
-    x, noisy, residual = _tokens(6, 50)
-    whole, part, rest = (_moments(x[s], noisy[s], residual[s]) for s in (slice(0, 50), slice(0, 20), slice(20, 50)))
-    found = whole.without(part, 0.4)
-    assert found.residual is not None
-    assert rest.residual is not None
-    assert torch.allclose(found.moment, rest.moment, atol=1e-3)
-    assert torch.allclose(found.shift, rest.shift, atol=1e-3)
-    assert torch.allclose(found.residual, rest.residual, atol=1e-3)

@@ -29,15 +29,6 @@ class Moments:
     shift: Tensor
     residual: Tensor | None = None
 
-    def without(self, part: "Moments", share: float) -> "Moments":
-        """The moments of the other tokens, where `part` are those of a share of all."""
-
-        def rest(whole: Tensor, taken: Tensor) -> Tensor:
-            return (whole - share * taken) / (1 - share)
-
-        residual = None if self.residual is None or part.residual is None else rest(self.residual, part.residual)
-        return Moments(rest(self.moment, part.moment), rest(self.shift, part.shift), residual)
-
     def aim(self, w: Tensor, options: Correction) -> Tensor:
         """The weights [N, K] to round in place of w."""
         return corrected(w, self.moment, self.shift, self.residual, options)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.algorithms.choose import solve_best
-from lowbit.algorithms.correction import corrected_bias, cross_fitted
+from lowbit.algorithms.correction import corrected_bias
 from lowbit.algorithms.gptaq import solve_gptaq, solve_qronos
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
@@ -117,14 +117,9 @@ def _solved(
     if recipe.method in ASYMMETRIC_METHODS:
         solve = solve_gptaq if recipe.method == "gptaq" else partial(solve_qronos, columns=columns_for(w.device))
         return solve(w, moment, seen.shift, scheme.weights, log.scale_dtype, recipe.gptq), recipe.method
-    if observed.held_out is None or observed.held_out.moment is None or not observed.held_out.moment.tokens:
+    if recipe.method != "chosen" or observed.held_out is None or observed.held_out.moment is None:
         return log.solve(seen.aim(w, recipe.correction), scheme, moment, name)
     held_out = observed.held_out.moments(observed.held_out.moment.value)
-    if recipe.method != "chosen":
-        assert observed.moment is not None
-        others = seen.without(held_out, observed.held_out.moment.tokens / observed.moment.tokens)
-        correction = cross_fitted(w, (others, held_out), recipe.correction)
-        return log.solve(seen.aim(w, correction), scheme, moment, name)
     options = [(recipe.gptq, replace(recipe.correction, strength=s, residual=r)) for s, r in CANDIDATES]
     columns = columns_for(w.device)
     return solve_best(w, seen, held_out, scheme.weights, log.scale_dtype, options, columns), recipe.method

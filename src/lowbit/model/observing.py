@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lowbit.errors import InputError
 from lowbit.model.aligned import Seen, Twin
 from lowbit.model.log import LayerLog
-from lowbit.model.recipe import ASYMMETRIC_METHODS, Recipe
 from lowbit.model.statistics import Statistics
 from lowbit.nn.rotated import rotation_of
 from lowbit.numerics.scheme import QuantScheme
@@ -89,20 +88,18 @@ def observe_twin(
 ) -> dict[str, Statistics]:
     """Statistics of each group's input in both streams, by its first linear."""
     block = twin.noisy
-    apart = _held_out(log.recipe, block.batches)
+    held_out = block.batches // HELD_OUT if log.recipe.method == "chosen" else 0
     leads = [group[0] for group in groups if group[0] not in idle]
     statistics: dict[str, Statistics] = {}
     for name in leads:
         linear = cast("nn.Linear", block.module.get_submodule(name))
         statistics[name] = _twin_statistics(linear, schemes[name], name in twin.sources, log)
-        if apart:
-            held_out = _twin_statistics(linear, schemes[name], name in twin.sources, log)
-            held_out.observer = statistics[name].observer  # ranges are those of all tokens
-            statistics[name].held_out = held_out
+        if held_out:
+            statistics[name].held_out = _twin_statistics(linear, schemes[name], name in twin.sources, log)
 
     def receive(name: str, batch: int, clean: Seen, noisy: Seen) -> None:
         observed = statistics[name]
-        if batch in apart and observed.held_out is not None:
+        if batch >= block.batches - held_out and observed.held_out is not None:
             observed = observed.held_out
         try:
             read = observed.as_read(noisy.x)
@@ -118,18 +115,7 @@ def observe_twin(
 
     if leads:
         twin.observe(leads, receive, groups[0] if len(groups) == 1 else ())
-    for observed in statistics.values() if log.recipe.method != "chosen" else ():
-        if observed.held_out is not None:
-            observed.add(observed.held_out)
     return statistics
-
-
-def _held_out(recipe: Recipe, batches: int) -> range:
-    """The batches that judge what the others made: the last ones for candidates, every other one for a correction."""
-    if recipe.method == "chosen":
-        return range(batches - batches // HELD_OUT, batches)
-    fits = recipe.correction is not None and recipe.correction.strength is None
-    return range(1, batches if fits and recipe.method not in ASYMMETRIC_METHODS else 0, 2)
 
 
 def _weighted(log: LayerLog, name: str, batch: int, x: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ class Statistics:
     """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
 
     shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it; held_out
-    has tokens that judge: candidates made of the others (algorithms/choose.py), or the shares of a correction, and then
-    it is a part of the whole (`add`). rounding: how the layer will round its input at run
+    keeps tokens apart that judge candidates (algorithms/choose.py). rounding: how the layer will round its input at run
     time, in so few bits that the moments are taken of what it then multiplies.
     """
 
@@ -41,14 +40,6 @@ class Statistics:
         """What algorithms/choose.py and correction.py work on; only where shift was observed."""
         assert self.shift is not None
         return Moments(moment, self.shift.value, None if self.residual is None else self.residual.value)
-
-    def add(self, part: "Statistics") -> None:
-        """Add the tokens of a part to the moments."""
-        for whole, taken in ((self.shift, part.shift), (self.residual, part.residual)):
-            if whole is not None and taken is not None:
-                whole.add(taken)
-        if self.moment is not None and part.moment is not None:
-            self.moment.add(part.moment)
 
     def turned(self, x: Tensor) -> Tensor:
         """x [..., K] as the layer rotates it; x itself where it does not."""

@@ -50,12 +50,6 @@ class SecondMoment:
         self._total += x.sum(0)
         self.tokens += x.shape[0]
 
-    def add(self, other: "SecondMoment") -> None:
-        """Add the tokens that another one has seen."""
-        self._sum += other._sum
-        self._total += other._total
-        self.tokens += other.tokens
-
     @property
     def mean(self) -> Tensor:
         """E[x], float32 [K]; zeros when no token was seen."""
@@ -99,12 +93,6 @@ class CrossMoment:
         self._sum.addmm_(d.T, x.to(self._sum.device, torch.float32))
         self._total += d.sum(0)
         self.tokens += x.shape[0]
-
-    def add(self, other: "CrossMoment") -> None:
-        """Add the tokens that another one has seen."""
-        self._sum += other._sum
-        self._total += other._total
-        self.tokens += other.tokens
 
     @property
     def mean(self) -> Tensor:
