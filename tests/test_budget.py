@@ -90,7 +90,7 @@ def test_the_report_holds_the_curve_and_every_group_and_survives_json(mixed: Rep
     between = [point for point in record.curve if not point.name]
     assert [point.bits for point in between] == sorted(point.bits for point in between)
     assert [point.expected for point in between] == sorted((point.expected for point in between), reverse=True)
-    assert {point.name for point in record.curve if point.name} == {f"w{bits}a16-g16" for bits in (3, 4, 6, 8)}
+    assert {point.name for point in record.curve if point.name} == {f"w{bits}a16-g16" for bits in (3, 4, 5, 6, 8)}
     assert mixed.fidelity is not None
     assert record.runs[0].measured == mixed.fidelity.kld
     page = (place / "mixed" / "report.html").read_text()

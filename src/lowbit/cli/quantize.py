@@ -61,7 +61,7 @@ def quantize_command(
     rule: Annotated[list[str], typer.Option(metavar="GLOB=SCHEME", help="Another scheme for matching layers.")] = [],  # noqa: B006
     observer: Annotated[str, typer.Option(help=f"For static activations: {', '.join(OBSERVERS)}.")] = "mse",
     bits: Bits = None,
-    candidates: Candidates = "2,3,4,6,8",
+    candidates: Candidates = "2,3,4,5,6,8",
     min_coverage: MinCoverage = 0.9,
     max_kld: HeldKld = None,
     max_ppl_increase: MaxPpl = None,

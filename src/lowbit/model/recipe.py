@@ -36,7 +36,8 @@ ASYMMETRIC_METHODS = ("gptaq", "qronos")  # their papers' word: the target has o
 ALIGNED_METHODS = (*ASYMMETRIC_METHODS, "rotate", "aligned", "chosen", "learned")
 SMOOTHING_METHODS = ("awq", "smooth")
 METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", *ALIGNED_METHODS)
-MOMENT_METHODS = ("rtn-weighted", "gptq", *SMOOTHING_METHODS, *ALIGNED_METHODS)
+HESSIAN_METHODS = ("gptq", "smooth", *ALIGNED_METHODS)  # solve under the whole second moment
+MOMENT_METHODS = ("rtn-weighted", "awq", *HESSIAN_METHODS)  # awq and rtn-weighted use its diagonal
 POLISH = 3  # rounds; 6 gained 1 % more (docs/log-accuracy.md)
 EFFORTS = ("rtn", "rtn-weighted", "aligned", "chosen", "learned")
 
