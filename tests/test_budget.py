@@ -230,6 +230,36 @@ def test_costs_are_those_of_one_group_rounded_and_the_model_is_left_alone() -> N
     assert all(a > 20 * b for a, b in zip(low, high, strict=True))
 
 
+@pytest.mark.parametrize(("name", "method"), [("llama", "gptq"), ("llama", "hqq"), ("llama", "aligned"),
+                                              ("mixtral", "gptq"), ("mixtral", "rtn-weighted")])  # fmt: skip
+def test_costs_are_those_of_the_recipes_own_method(name: str, method: str) -> None:
+    """Oracle: the pipeline with rules that leave everything but one group, calibrated on what the probe saw.
+
+    One group alone reads what the original gives it, so that aligned has nothing to correct.
+    """
+    model, windows = tiny(name), torch.randint(3, 128, (20, 64), generator=torch.Generator().manual_seed(8))
+    names = [*_linears(model), *(n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n)]
+    groups = fused_groups(model, names, windows[:1])
+    probe = Probe.on(windows, Recipe(LEVEL, method), torch.float32, lambda *_: None)
+    assert len(probe.ids) + sum(map(len, probe.seen)) == 20 or method == "hqq"
+    wanted = costs(model, groups, [LEVEL], probe)[0]
+    for number in (0, len(groups) - 1):
+        rules = tuple(Rule(n, None) for group in groups if group != groups[number] for n in group)
+        other = copy.deepcopy(model)
+        quantize_in_memory(other, Recipe(LEVEL, method, rules), batches=list(probe.seen))
+        with torch.no_grad():
+            kept, got = (m(input_ids=probe.ids).logits[:, ::2].flatten(0, 1) for m in (model, other))
+        assert wanted[number] == pytest.approx(kl_divergence(kept, got).mean().item(), rel=2e-3)
+
+
+def test_a_budget_of_an_effort_is_spread_by_the_rungs_own_method(place: Path) -> None:
+    recipe = Recipe.at_effort(QuantScheme.parse("w4a16-g16"), 2)
+    report = lowbit.quantize(place / "model", place / "effort", recipe, _conditions(place), bits=5.0)
+    assert report.budget is not None
+    assert report.budget.bits <= 5.0
+    assert {layer.method for layer in report.layers} == {"aligned"}
+
+
 def _rounded_by_pipeline(model: torch.nn.Module, recipe: Recipe) -> torch.nn.Module:
     quantize_in_memory(model, recipe)
     return model

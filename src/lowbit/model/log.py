@@ -25,7 +25,6 @@ from lowbit.observe.ranges import make_observer
 from lowbit.optional import installed, late
 from lowbit.report import Histogram, LayerRecord
 
-CLIP_SEARCH = ScaleSearch(norm=2.4)  # the exponent of GPTQ's --mse search
 SHOWN_LAYERS = 6  # the worst layers, whose histograms a report keeps
 
 
@@ -96,7 +95,7 @@ class LayerLog:
             return solution, method
         if method == "hqq":
             return solve_hqq(w, scheme.weights, self.scale_dtype), method
-        search = CLIP_SEARCH if method == "rtn-clip" else None
+        search = self.recipe.clip if method == "rtn-clip" else None
         return solve_rtn(w, scheme.weights, self.scale_dtype, search), method
 
     def note(
