@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import TINY, tiny
-from checkpoints import quantize_in_memory
+from checkpoints import quantize_in_memory, selection_of
 from command import lowbit_command
 from saved import save_tiny, write_text
 
@@ -231,14 +231,15 @@ def test_costs_are_those_of_one_group_rounded_and_the_model_is_left_alone() -> N
 
 
 @pytest.mark.parametrize(("name", "method"), [("llama", "gptq"), ("llama", "hqq"), ("llama", "aligned"),
-                                              ("mixtral", "gptq"), ("mixtral", "rtn-weighted")])  # fmt: skip
+                                              ("mixtral", "gptq"), ("mixtral", "rtn-weighted"),
+                                              ("gemma3n_text", "gptq"), ("cohere2", "gptq")])  # fmt: skip
 def test_costs_are_those_of_the_recipes_own_method(name: str, method: str) -> None:
     """Oracle: the pipeline with rules that leave everything but one group, calibrated on what the probe saw.
 
     One group alone reads what the original gives it, so that aligned has nothing to correct.
     """
     model, windows = tiny(name), torch.randint(3, 128, (20, 64), generator=torch.Generator().manual_seed(8))
-    names = [*_linears(model), *(n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n)]
+    names = list(selection_of(model, Recipe(LEVEL, method)).schemes)
     groups = fused_groups(model, names, windows[:1])
     probe = Probe.on(windows, Recipe(LEVEL, method), torch.float32, lambda *_: None)
     assert len(probe.ids) + sum(map(len, probe.seen)) == 20 or method == "hqq"

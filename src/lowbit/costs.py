@@ -107,13 +107,13 @@ def costs(
     wanted = [head(hidden[::EVERY]) for hidden in judge.hidden_states(model, probe.ids)]
     found = [[0.0] * len(groups) for _ in schemes]
     done = 0
-    with BlockStream(model, probe.seen, device, device) as stream:
-        for block in stream:
+    with BlockStream(model, probe.seen, device) as stream, BlockStream(model, [probe.ids], device) as judging:
+        for block, judged in zip(stream, judging, strict=True):
             mine = [number for number, group in enumerate(groups) if group[0].startswith(f"{block.name}.")]
             solver = _Solver(block, [groups[number] for number in mine], schemes[0], probe)
             for number in mine:
                 for place, scheme in enumerate(schemes):
-                    with _replaced(model, solver.solved(groups[number], scheme)):
+                    with _replaced(model, solver.solved(groups[number], scheme)), judged.later_blocks_only(0):
                         hidden = judge.hidden_states(model, probe.ids)
                         klds = [kl_divergence(w, head(h[::EVERY])) for w, h in zip(wanted, hidden, strict=True)]
                     found[place][number] = torch.cat(klds).double().mean().item()
