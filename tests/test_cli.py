@@ -91,7 +91,7 @@ def test_the_defaults_are_those_of_the_issue(place: Path, tmp_path: Path, monkey
         model: str, out: Path, recipe: Recipe, conditions: Conditions, bits: float | None, candidates: tuple[int, ...]
     ) -> Report:
         seen.update(model=model, out=out, recipe=recipe, conditions=conditions)
-        assert (bits, candidates) == (None, (2, 3, 4, 6, 8))
+        assert (bits, candidates) == (None, (2, 3, 4, 5, 6, 8))
         raise lowbit.InputError("far enough")
 
     monkeypatch.setattr("lowbit.cli.quantize.quantize", fake)
@@ -104,6 +104,29 @@ def test_the_defaults_are_those_of_the_issue(place: Path, tmp_path: Path, monkey
         0.9, None, None,
     )  # fmt: skip
     assert (conditions.device, conditions.overwrite) == ("auto", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--calibration", "mine.txt"], ("aligned", 2)),
+        (["--calibration", "mine.txt", "--method", "gptq"], ("gptq", None)),
+        (["--calibration", "mine.txt", "--effort", "1"], ("rtn-weighted", 1)),
+        (["--calibration", "mine.txt", "--scheme", "nf4-b64"], ("rtn", 0)),
+    ],
+)
+def test_text_of_ones_own_means_effort_2_where_no_method_is_named(
+    options: list[str], expected: tuple[str, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+
+    def fake(model: str, out: Path, recipe: Recipe, *_: object) -> Report:
+        seen.append(recipe)
+        raise lowbit.InputError("far enough")
+
+    monkeypatch.setattr("lowbit.cli.quantize.quantize", fake)
+    assert lowbit_command("quantize", "owner/name", "-o", tmp_path / "out", *options).code == 2
+    assert [(recipe.method, recipe.effort) for recipe in seen] == [expected]
 
 
 def test_formats_that_gptq_does_not_know_are_rounded_by_default(place: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ All recipes of a run see the same calibration tokens and are judged on the same 
 compared window by window (`bench/accuracy/table.py` prints the paired standard error).
 
 usage:  python bench/accuracy/measure.py MODEL RECIPES.json OUT.json --calibration T --evaluation T [--device cuda]
-        RECIPES.json: a list of {"name", "scheme", "method", "seed"} and options by the names in KINDS
+        RECIPES.json: a list of {"name", "scheme", "method", "seed"}, "rules" by glob, and options by the names in KINDS
         T: a text, or tokens as .safetensors (observe/tokens.py)
 """
 
@@ -56,6 +56,7 @@ KINDS = {
 def recipe_of(row: dict) -> Recipe:
     options = {name: kind(**row[name]) for name, kind in KINDS.items() if name in row}
     rules = tuple(Rule(glob, None) for glob in row.get("ignore", ()))
+    rules += tuple(Rule(glob, QuantScheme.parse(scheme)) for glob, scheme in row.get("rules", {}).items())
     return Recipe(QuantScheme.parse(row["scheme"]), row.get("method", "gptq"), rules, **options)
 
 

@@ -38,7 +38,7 @@ class Budget:
     """bits: stored bits a weight, None for none asked. candidates: the bits that a code may have."""
 
     bits: float | None = None
-    candidates: tuple[int, ...] = (2, 3, 4, 6, 8)
+    candidates: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
 
     def levels(self, scheme: QuantScheme) -> list[QuantScheme]:
         """The candidates in the family of `scheme`, by growing bits. Raises InputError.

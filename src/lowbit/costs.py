@@ -107,13 +107,13 @@ def costs(
     wanted = [head(hidden[::EVERY]) for hidden in judge.hidden_states(model, probe.ids)]
     found = [[0.0] * len(groups) for _ in schemes]
     done = 0
-    with BlockStream(model, probe.seen, device, device) as stream:
-        for block in stream:
+    with BlockStream(model, probe.seen, device) as stream, BlockStream(model, [probe.ids], device) as judging:
+        for block, judged in zip(stream, judging, strict=True):
             mine = [number for number, group in enumerate(groups) if group[0].startswith(f"{block.name}.")]
             solver = _Solver(block, [groups[number] for number in mine], schemes[0], probe)
             for number in mine:
                 for place, scheme in enumerate(schemes):
-                    with _replaced(model, solver.solved(groups[number], scheme)):
+                    with _replaced(model, solver.solved(groups[number], scheme)), judged.later_blocks_only(0):
                         hidden = judge.hidden_states(model, probe.ids)
                         klds = [kl_divergence(w, head(h[::EVERY])) for w, h in zip(wanted, hidden, strict=True)]
                     found[place][number] = torch.cat(klds).double().mean().item()
@@ -158,7 +158,8 @@ class _Solver:
         for names in by_input.values():
             weights = [self._parameters[f"{name}.weight"] for name in names]
             moment = _moment(self._of_linear.get(names[0]))
-            solution, _ = self._log.solve(torch.cat(list(weights)).float(), scheme, moment, names[0])
+            tokens = _tokens(self._of_linear.get(names[0]))
+            solution, _ = self._log.solve(torch.cat(list(weights)).float(), scheme, moment, names[0], tokens)
             rows = solution.dequantized.split([len(w) for w in weights])
             found |= {f"{self._prefix}{name}.weight": part for name, part in zip(names, rows, strict=True)}
         return found
@@ -167,7 +168,7 @@ class _Solver:
         """[E, N, K] dequantized, expert by expert."""
         seen = self._of_experts.get(name, {})
         solutions = [
-            self._log.solve(w, scheme, _moment(seen.get(expert)), name)[0].dequantized
+            self._log.solve(w, scheme, _moment(seen.get(expert)), name, _tokens(seen.get(expert)))[0].dequantized
             for expert, w in enumerate(self._parameters[name].float())
         ]
         return torch.stack(solutions)
@@ -175,6 +176,10 @@ class _Solver:
 
 def _moment(seen: Statistics | None) -> Tensor | None:
     return None if seen is None or seen.moment is None else seen.moment.value
+
+
+def _tokens(seen: Statistics | None) -> int | None:
+    return None if seen is None else seen.tokens
 
 
 @torch.no_grad()

@@ -74,14 +74,21 @@ def solve_experts(
     """Quantize a 3-D parameter [E, N, K] of `module`, in place, expert by expert."""
     weights = module.get_parameter(name)
     check_finite(weights, f"{prefix}.{name}")
-    layers = []
+    layers, few = [], 0
     for expert, w in enumerate(weights.float()):
         statistics = observed.get(expert)
         full_name = f"{prefix}.{name}.{expert}"
         moment = _moment(statistics, full_name)
-        solution, method = log.solve(w, scheme, moment, full_name)
+        tokens = statistics.tokens if statistics is not None else None
+        solution, method = log.solve(w, scheme, moment, full_name, tokens)
+        few += method != log.recipe.method and moment is not None
         log.note(full_name, scheme, method, w, solution.dequantized, statistics, moment)
         layers.append(QuantLinear.from_packed(_packed(solution, slice(None), scheme)))
+    if few:
+        log.warnings.append(
+            f"{prefix}.{name}: {few} of {len(layers)} experts saw fewer tokens than their {weights.shape[2]} channels, "
+            "so they were rounded under weighted scales; calibrate on more text"
+        )
     parent, _, attribute = name.rpartition(".")
     delattr(module.get_submodule(parent), attribute)
     _put(module, name, QuantExperts(layers))

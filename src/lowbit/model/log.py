@@ -13,7 +13,7 @@ from lowbit.algorithms.hqq import solve_hqq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
-from lowbit.model.recipe import ALIGNED_METHODS, MOMENT_METHODS, Recipe
+from lowbit.model.recipe import HESSIAN_METHODS, MOMENT_METHODS, Recipe
 from lowbit.model.rungs import errors_below
 from lowbit.model.sensitivity import Sensed
 from lowbit.model.statistics import Statistics, histogram
@@ -25,7 +25,6 @@ from lowbit.observe.ranges import make_observer
 from lowbit.optional import installed, late
 from lowbit.report import Histogram, LayerRecord
 
-CLIP_SEARCH = ScaleSearch(norm=2.4)  # the exponent of GPTQ's --mse search
 SHOWN_LAYERS = 6  # the worst layers, whose histograms a report keeps
 
 
@@ -67,9 +66,16 @@ class LayerLog:
         few = scheme.activations is not None and scheme.activations.dynamic and scheme.activations.bits < 8
         return Statistics(moment, observer, scheme.activations if few else None, rotation)
 
-    def solve(self, w: Tensor, scheme: QuantScheme, moment: Tensor | None, name: str) -> tuple[Solution, str]:
-        """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning."""
+    def solve(
+        self, w: Tensor, scheme: QuantScheme, moment: Tensor | None, name: str, tokens: int | None = None
+    ) -> tuple[Solution, str]:
+        """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning.
+
+        tokens: how many the moment was taken of, None for enough. Under fewer than K its diagonal alone is used.
+        """
         method = self.recipe.method
+        if method in HESSIAN_METHODS and moment is not None and tokens is not None and tokens < w.shape[1]:
+            method = "rtn-weighted"
         if method in MOMENT_METHODS and moment is None:
             self.warnings.append(f"{name}: no calibration token was seen there, so it was rounded to nearest")
             method = "rtn"
@@ -77,7 +83,7 @@ class LayerLog:
             assert moment is not None
             importance = moment.diagonal()
             return solve_rtn(w, scheme.weights, self.scale_dtype, ScaleSearch(), importance), method
-        if method in ("gptq", "smooth", *ALIGNED_METHODS):
+        if method in HESSIAN_METHODS:
             assert moment is not None
             outputs = self.sensed[name].outputs if name in self.sensed else None
             joint = None if outputs is None or self.recipe.joint is None else (outputs.to(w.device), self.recipe.joint)
@@ -89,7 +95,7 @@ class LayerLog:
             return solution, method
         if method == "hqq":
             return solve_hqq(w, scheme.weights, self.scale_dtype), method
-        search = CLIP_SEARCH if method == "rtn-clip" else None
+        search = self.recipe.clip if method == "rtn-clip" else None
         return solve_rtn(w, scheme.weights, self.scale_dtype, search), method
 
     def note(

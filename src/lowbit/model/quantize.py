@@ -22,7 +22,7 @@ from lowbit.model.aligned import Twin, residual_sources, twins
 from lowbit.model.layers import solve_experts, solve_linears
 from lowbit.model.log import LayerLog
 from lowbit.model.observing import observe_experts, observe_linears, observe_twin
-from lowbit.model.recipe import MOMENT_METHODS, SMOOTHING_METHODS, Recipe
+from lowbit.model.recipe import HESSIAN_METHODS, MOMENT_METHODS, SMOOTHING_METHODS, Recipe
 from lowbit.model.rotate import rotate_model
 from lowbit.model.rotation import Rotation
 from lowbit.model.select import Selection
@@ -59,6 +59,27 @@ def needs_data(recipe: Recipe, selection: Selection) -> bool:
     """Whether the recipe looks at activations."""
     static = (scheme.activations and not scheme.activations.dynamic for scheme in selection.schemes.values())
     return recipe.method in MOMENT_METHODS or any(static)
+
+
+def check_tokens(model: nn.Module, recipe: Recipe, selection: Selection, tokens: int) -> None:
+    """Raise InputError where so many calibration tokens leave the second moment of some layer's input singular.
+
+    With fewer tokens than channels GPTQ fits what it saw and loses to rounding (docs/log-budget.md). Experts are not
+    asked here: which tokens reach them is not known yet (model/layers.py).
+    """
+    if recipe.method not in HESSIAN_METHODS:
+        return
+    parameters = dict(model.named_parameters())
+    widths = {name: model.get_parameter(f"{name}.weight").shape[1]
+              for name in selection.schemes if name not in parameters}  # fmt: skip
+    widest = max(widths, key=lambda name: widths[name], default="")
+    if widest and tokens < widths[widest]:
+        other = "--effort 1" if recipe.effort is not None else "--method rtn-weighted"
+        raise InputError(
+            f"{tokens} calibration tokens are too few for {recipe.method}: {widest} reads {widths[widest]} channels, "
+            "whose second moment is singular with fewer tokens; give a longer text or more and longer samples, or use "
+            f"{other}"
+        )
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """A recipe: which numbers (scheme), found how (method), where they differ (rules).
 
     rtn          nearest code, scales from the smallest and largest weight; needs no data
-    rtn-clip     nearest code, scales by clip search on |error|^2.4; needs no data
+    rtn-clip     nearest code, scales by clip search on |error|^2.4, or another power; needs no data
     hqq          nearest code, scales by half-quadratic splitting for |error|^0.7 (algorithms/hqq.py); needs no data
     rtn-weighted nearest code, scales by clip search weighted with the inputs' mean squares
     gptq         error feedback on the second moment of the inputs, scales searched under its diagonal
@@ -24,6 +24,7 @@ from lowbit.algorithms.blocks import is_blocks
 from lowbit.algorithms.correction import Correction
 from lowbit.algorithms.gptq import GptqOptions
 from lowbit.algorithms.joint import Joint
+from lowbit.algorithms.scales import ScaleSearch
 from lowbit.errors import InputError, SchemeError
 from lowbit.model.learn import Learning
 from lowbit.model.rotation import Rotation
@@ -36,14 +37,15 @@ ASYMMETRIC_METHODS = ("gptaq", "qronos")  # their papers' word: the target has o
 ALIGNED_METHODS = (*ASYMMETRIC_METHODS, "rotate", "aligned", "chosen", "learned")
 SMOOTHING_METHODS = ("awq", "smooth")
 METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", *ALIGNED_METHODS)
-MOMENT_METHODS = ("rtn-weighted", "gptq", *SMOOTHING_METHODS, *ALIGNED_METHODS)
+HESSIAN_METHODS = ("gptq", "smooth", *ALIGNED_METHODS)  # solve under the whole second moment
+MOMENT_METHODS = ("rtn-weighted", "awq", *HESSIAN_METHODS)  # awq and rtn-weighted use its diagonal
 POLISH = 3  # rounds; 6 gained 1 % more (docs/log-accuracy.md)
 EFFORTS = ("rtn", "rtn-weighted", "aligned", "chosen", "learned")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `lowbit.quantize` does to a model. observer finds the ranges of static activations.
+    """What `lowbit.quantize` does to a model. observer finds the ranges of static activations; clip: rtn-clip's search.
 
     effort: the rung that was asked for, None where a method was named. Methods that need a correction or learning get
     the usual one where none is given.
@@ -53,6 +55,7 @@ class Recipe:
     method: str = "gptq"
     rules: tuple[Rule, ...] = ()
     observer: str = "mse"
+    clip: ScaleSearch = field(default_factory=lambda: ScaleSearch(norm=2.4))  # the exponent of GPTQ's --mse search
     gptq: GptqOptions = field(default_factory=GptqOptions)
     correction: Correction | None = None
     learning: Learning | None = None

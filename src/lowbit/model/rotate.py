@@ -70,7 +70,7 @@ def rotate_model(
         raise InputError(
             f"rotations do not apply to {type(model).__name__}: its logits change by "
             f"{float((after - before).norm() / before.norm()):.2g}; something between embedding and head is not turned "
-            "alike. Use a method without rotation, or Rotation(residual=False, heads=False)"
+            "alike. Use --method aligned, or Rotation(residual=False, heads=False)"
         )
     return done
 
@@ -93,7 +93,7 @@ def _check_norms(model: PreTrainedModel, width: int) -> None:
         if torch.allclose(norm(x), norm(x + 5), atol=1e-3):
             raise InputError(
                 f"{name} subtracts the mean of the residual stream, which therefore can't be rotated; use "
-                'Rotation(residual=False, heads=False, online="all"), or a method without rotation'
+                'Rotation(residual=False, heads=False, online="all"), or --method aligned'
             )
 
 
@@ -140,7 +140,7 @@ def _turn_block(block: Block, linears: list[str], writers: list[str], turn: Hada
         raise InputError(
             f"the residual stream of {block.name} can't be rotated: a norm there has a gain between a linear and the "
             "stream, or something else than linears reads its norms (a router, experts). Use "
-            'Rotation(residual=False, heads=False, online="all"), or a method without rotation'
+            'Rotation(residual=False, heads=False, online="all"), or --method aligned'
         )
 
 

@@ -36,6 +36,11 @@ class Statistics:
         self.held_out: Statistics | None = None
         self.sample: Histogram | None = None
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the second moment was taken of."""
+        return 0 if self.moment is None else self.moment.tokens
+
     def moments(self, moment: Tensor) -> Moments:
         """What algorithms/choose.py and correction.py work on; only where shift was observed."""
         assert self.shift is not None

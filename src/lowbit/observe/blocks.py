@@ -12,13 +12,14 @@ Whenever a caller's code runs, the model is whole; only the current block may be
 """
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
-from lowbit.observe.capture import StopForward, block_arguments, find_blocks, mapped, moved
+from lowbit.observe.capture import StopForward, block_arguments, blocks_answering, find_blocks, mapped, moved
 
 _CPU = torch.device("cpu")
 
@@ -100,6 +101,13 @@ class Block:
             with torch.no_grad():
                 output = self.module(*args, **kwargs)
             yield hidden_states(output)
+
+    def later_blocks_only(self, batch: int) -> AbstractContextManager[None]:
+        """Inside, the model's own forward of this batch begins here: the blocks before answer with what they returned.
+
+        A model whose blocks write into mappings that later ones read runs in full.
+        """
+        return self._stream.without_previous(self.index, batch)
 
     def advance(self) -> None:
         """Forward every batch and make the outputs the next block's inputs. No other method works afterwards."""
@@ -188,6 +196,13 @@ class BlockStream:
         self._stored[batch] = _into(self._stored[batch], output, self.hidden_device)
         for name, entries in written.items():
             self._shared[batch].setdefault(name, {}).update(moved(entries, self.hidden_device))
+
+    def without_previous(self, index: int, batch: int) -> AbstractContextManager[None]:
+        """The model with stand-ins for the blocks before `index`, for the time of the context."""
+        if self._shared[batch]:
+            return nullcontext()
+        previous = moved(self._stored[batch], self.device)
+        return blocks_answering(self._model, self.name, index, lambda *_, **__: mapped(previous, Tensor.clone))
 
     def arguments(self, index: int, batch: int) -> tuple[tuple, dict[str, Any]]:
         """What the model's forward gives block `index` for one batch, on the stream's device."""
