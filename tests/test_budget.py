@@ -16,6 +16,7 @@ from lowbit import Calibration, Conditions, Evaluation, Gates, Recipe, Report, R
 from lowbit.costs import Probe, costs, fused_groups, weight_errors
 from lowbit.io.tensorfile import TensorFile
 from lowbit.model.allocation import Group, Option
+from lowbit.model.efforts import recipe_at
 from lowbit.numerics.metrics import kl_divergence
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
@@ -254,7 +255,7 @@ def test_costs_are_those_of_the_recipes_own_method(name: str, method: str) -> No
 
 
 def test_a_budget_of_an_effort_is_spread_by_the_rungs_own_method(place: Path) -> None:
-    recipe = Recipe.at_effort(QuantScheme.parse("w4a16-g16"), 2)
+    recipe = recipe_at(QuantScheme.parse("w4a16-g16"), 2)
     report = lowbit.quantize(place / "model", place / "effort", recipe, _conditions(place), bits=5.0)
     assert report.budget is not None
     assert report.budget.bits <= 5.0

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit import judge
+from lowbit.errors import MethodError
+from lowbit.model.efforts import name_of, rungs_below
 from lowbit.model.learn import Learning, learn
 from lowbit.model.log import LayerLog
 from lowbit.model.quantize import Job, batched, quantize_blocks
@@ -48,29 +50,30 @@ def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
     best: tuple[float, PreTrainedModel, Outcome] | None = None
     words: list[str] = []
     below: list[list[LayerRecord]] = []
-    for level in range(job.recipe.effort):
-        lower = Recipe.at_effort(job.recipe.scheme, level, job.recipe.rules, job.recipe.observer)
-        other = copy.deepcopy(model)
-        log = _run_one(other, replace(job, recipe=lower), ids, apart)
-        below.append(log.records)
-        reached = _distance(other, reference)
-        words.insert(0, f"effort {level} ({lower.method}) {reached:.4f}")
-        if best is None or reached <= best[0]:
-            best = reached, other, Outcome(lower, log)
-        del other
-    log = _run_one(model, job, ids, apart)
-    found = _distance(model, reference)
-    words.insert(
-        0, f"effort {job.recipe.effort} ({job.recipe.method}) reached KL {found:.4f} on {apart} windows kept apart"
-    )
-    if best is not None and best[0] < found:
+    for recipe in (*rungs_below(job.recipe), job.recipe):
+        other = copy.deepcopy(model) if recipe is not job.recipe else model
+        try:
+            log = _run_one(other, replace(job, recipe=recipe), ids, apart)
+        except MethodError as error:
+            words.insert(0, f"{name_of(recipe)} does not apply ({error})")
+        else:
+            below.append(log.records)
+            reached = _distance(other, reference)
+            words.insert(0, f"{name_of(recipe)} reached KL {reached:.4f}")
+            if best is None or reached <= best[0]:
+                best = reached, other, Outcome(recipe, log)
+        finally:
+            del other  # one copy less while the next rung makes its own
+    assert best is not None  # rounding applies to every model
+    outcome, said = best[2], f"on {apart} windows kept apart: {', '.join(words)}"
+    if best[1] is not model:
         _become(model, best[1])
-        best[2].log.warnings.append(f"{', '.join(words)}: effort {best[2].recipe.effort} was kept")
-        return best[2]
-    log.notes.append(", ".join(words))
-    for records in below:
-        log.records = with_lower_run(log.records, records)
-    return Outcome(job.recipe, log)
+        outcome.log.warnings.append(f"{said}; effort {outcome.recipe.effort} was kept")
+        return outcome
+    outcome.log.notes.append(said)
+    for records in below[:-1]:
+        outcome.log.records = with_lower_run(outcome.log.records, records)
+    return outcome
 
 
 def _distance(model: PreTrainedModel, reference: judge.Reference) -> float:

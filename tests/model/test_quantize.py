@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.gptq import solve_gptq
 from lowbit.errors import InputError
+from lowbit.model.efforts import recipe_at
 from lowbit.model.quantize import Job, batched, check_tokens, needs_data, quantize_blocks
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import Rule
@@ -221,7 +222,7 @@ class TestOdds:
                 check_tokens(model, recipe, selection, 95)
         check_tokens(model, Recipe.parse("rtn-weighted:w4a16-g16"), selection, 5)
         with pytest.raises(InputError, match="or use --effort 1"):
-            check_tokens(model, Recipe.at_effort(QuantScheme.parse("w4a16-g16"), 2), selection, 95)
+            check_tokens(model, recipe_at(QuantScheme.parse("w4a16-g16"), 2), selection, 95)
 
     def test_a_recipe_that_needs_no_data_runs_no_forward(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, recipe = tiny("llama"), Recipe.parse("rtn:w8a8")

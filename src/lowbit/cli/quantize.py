@@ -31,7 +31,8 @@ from lowbit.cli.options import (
     widths,
 )
 from lowbit.errors import InputError
-from lowbit.model.recipe import EFFORTS, METHODS, Recipe, default_method
+from lowbit.model.efforts import EFFORTS, recipe_at
+from lowbit.model.recipe import METHODS, Recipe, default_method
 from lowbit.model.select import Rule
 from lowbit.numerics.scheme import GRAMMAR, QuantScheme
 from lowbit.observe.ranges import OBSERVERS
@@ -84,7 +85,7 @@ def quantize_command(
     if effort is None and method is None and calibration is not None:
         effort = DEFAULT_EFFORT
     if effort is not None:
-        recipe = Recipe.at_effort(parsed, effort, rules, observer)
+        recipe = recipe_at(parsed, effort, rules, observer)
     else:
         recipe = Recipe(parsed, method or default_method(parsed), rules, observer)
     with Bar(STDERR, device) as bar:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, MethodError
 from lowbit.kernels.reference import keeping_decoded
 from lowbit.memory import give_back
 from lowbit.model.aligned import Twin, residual_sources, twins
@@ -149,10 +149,10 @@ def _rotate(model: nn.Module, job: Job, options: Rotation, log: LayerLog) -> Non
 
 
 def _check_smoothed(model: nn.Module, method: str, log: LayerLog) -> None:
-    """Raise InputError after a block in which no norm could take scales: in an hour it would be no better."""
+    """Raise MethodError after a block in which no norm could take scales: in an hour it would be no better."""
     if not log.rewritten:
         other = "aligned" if method == "awq" else "gptq"
-        raise InputError(
+        raise MethodError(
             f"{method} found no norm in {type(model).__name__} whose only readers are matrices that can be scaled "
             f"with it; use --method {other}"
         )

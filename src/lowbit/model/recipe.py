@@ -14,8 +14,8 @@
     rotate       aligned, after rotations of the residual stream, of heads and of layers' inputs (model/rotate.py)
     learned      aligned, then rounding, scales and norms learned by the gradient of KL (model/learn.py)
 
-Written METHOD:SCHEME, as in "gptq:w4a16-g64". `--effort` names a rung of EFFORTS instead of a method, and then the
-result is compared with that of the rung below (effort.py).
+Written METHOD:SCHEME, as in "gptq:w4a16-g64". `--effort` names a rung instead of a method (model/efforts.py), and
+then the result is compared with those of the rungs below (effort.py).
 """
 
 from dataclasses import dataclass, field, replace
@@ -40,7 +40,6 @@ METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", *A
 HESSIAN_METHODS = ("gptq", "smooth", *ALIGNED_METHODS)  # solve under the whole second moment
 MOMENT_METHODS = ("rtn-weighted", "awq", *HESSIAN_METHODS)  # awq and rtn-weighted use its diagonal
 POLISH = 3  # rounds; 6 gained 1 % more (docs/log-accuracy.md)
-EFFORTS = ("rtn", "rtn-weighted", "aligned", "chosen", "learned")
 
 
 @dataclass(frozen=True)
@@ -109,18 +108,6 @@ class Recipe:
             )
         if self.method == "learned" and self.learning is None:
             object.__setattr__(self, "learning", Learning())
-
-    @classmethod
-    def at_effort(
-        cls, scheme: QuantScheme, effort: int, rules: tuple[Rule, ...] = (), observer: str = "mse"
-    ) -> "Recipe":
-        """The recipe of rung 0 to 4. nf4, fp4 and fp8 have one rung, rounding. Raises InputError."""
-        if not 0 <= effort < len(EFFORTS):
-            raise InputError(
-                f"there is no effort {effort}; choose one of 0 to {len(EFFORTS) - 1}: {', '.join(EFFORTS)}"
-            )
-        effort = effort if scheme.weights.format.kind == "int" else 0
-        return cls(scheme, EFFORTS[effort], rules, observer, effort=effort)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
