@@ -4,9 +4,9 @@
         --calibration CALIBRATION.safetensors --evaluation EVALUATION.safetensors --commit C
 
 TOKENS: the training text as ids, little-endian uint16 in an .xz file (the whole of wiki_train). The student is the
-bfloat16 model with float32 masters of its linears, nothing else is trained; it takes `seconds`, captures included, and
-the learning rate falls with the time that has passed. Judged in float32 on windows of other articles (wiki_valid), as
-bench/accuracy/measure.py does.
+bfloat16 model as --start quantized it, with float32 masters of its linears; nothing else is trained. It takes
+`seconds`, captures included, and the learning rate falls with the time that has passed. Judged in float32 on windows of
+other articles (wiki_valid), as bench/accuracy/measure.py does.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from lowbit.train.graph import Capturable
 from lowbit.train.loop import LoopOptions, train
 
 T, MOST_STEPS, WARMUP = 1024, 10**6, 50
-JUDGING = 30.0  # seconds kept for it where --end is given
+JUDGING = 40.0  # seconds kept for it where --end is given
 
 
 def arguments() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     for name in ("model", "tokens", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--scheme", default="w4a16-g64")
-    parser.add_argument("--method", default="gptq", help="what training begins with: gptq or rtn-clip")
+    parser.add_argument("--start", default="gptq", help="the method that training begins with, judged too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -93,24 +93,20 @@ def judged(model: PreTrainedModel, reference: judge.Reference) -> dict[str, Any]
     }
 
 
-def solved(base: PreTrainedModel, options: argparse.Namespace) -> PreTrainedModel:
-    """`base` quantized by the method that training begins with."""
-    model, recipe = copy.deepcopy(base), Recipe(QuantScheme.parse(options.scheme), options.method)
+def solved(base: PreTrainedModel, method: str, options: argparse.Namespace) -> PreTrainedModel:
+    """`base` quantized by `method`."""
+    model, recipe = copy.deepcopy(base), Recipe(QuantScheme.parse(options.scheme), method)
     tokens = stored(options.calibration, options.samples)
     device = torch.device(options.device)
     selection = select(model, find_blocks(model)[0], recipe.scheme)
-    batches = list(batched(tokens.ids, 8192)) if options.method == "gptq" else []
+    batches = list(batched(tokens.ids, 8192))
     quantize_blocks(model, Job(recipe, selection, batches, torch.bfloat16, device, hidden_device=device))
     return model
 
 
-def student_of(base: PreTrainedModel, start: PreTrainedModel, scheme: str) -> PreTrainedModel:
-    student = copy.deepcopy(base).to(torch.bfloat16).requires_grad_(False)
-    qat.prepare(student, QuantScheme.parse(scheme), options=qat.QatOptions(FakeOptions(masters=True)), start=start)
-    for module in student.modules():
-        if isinstance(module, FakeQuantLinear):
-            module.weight.requires_grad_()
-    return student
+def student_of(start: PreTrainedModel) -> PreTrainedModel:
+    """`start` with linears that learn, in place."""
+    return qat.reopen(start.to(torch.bfloat16).requires_grad_(False), qat.QatOptions(FakeOptions(masters=True)))
 
 
 def optimizer_of(student: nn.Module, lr: float, scale_rate: float) -> torch.optim.Optimizer:
@@ -159,15 +155,16 @@ def main() -> None:
     device, text = torch.device(options.device), training_text(options.tokens)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(device)
     reference = judge.Reference.of(base, stored(options.evaluation, options.windows))
-    clock = time.perf_counter()
-    start = solved(base, options)
     common = {"scheme": options.scheme, "seed": options.seed, "device": _device_name(device), "batch": options.batch,
               "torch": torch.__version__, "commit": options.commit, "model": "SmolLM2-135M-Instruct, permuted"}  # fmt: skip  # noqa: E501
-    rows = [common | {"method": options.method, "seconds": time.perf_counter() - clock} | judged(start, reference)]
-    _show(rows[-1])
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    student = student_of(base, start, options.scheme)
-    del start
+    rows: list[dict[str, Any]] = []
+    for method in dict.fromkeys(["gptq", options.start]):
+        clock = time.perf_counter()
+        start = solved(base, method, options)
+        rows.append(common | {"method": method, "seconds": time.perf_counter() - clock} | judged(start, reference))
+        _show(rows[-1])
+        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    student = student_of(start)
     teacher = copy.deepcopy(base).to(torch.bfloat16)
     frozen([teacher])
     meet(options)
@@ -178,7 +175,7 @@ def main() -> None:
     plain = qat.convert(student).to(torch.float32)
     plain_blocks(plain)
     rows.append(common | {
-        "method": f"qat, self-distillation from {options.method}", "steps": len(losses),
+        "method": f"qat, self-distillation from {options.start}", "steps": len(losses),
         "tokens": len(losses) * options.batch * T, "lr": options.lr,
         "scale_lr": options.lr * options.scale_rate,
         "graphed": options.graphed, "compiled": options.compile, "seconds": seconds,

@@ -30,17 +30,25 @@ def test_two_look_ups_find_the_code_that_bucketize_finds(signed: bool) -> None:
     assert torch.equal(index, torch.bucketize(x, bounds[:-1]))
 
 
-def test_a_record_is_128_bytes_and_its_blocks_are_counted_on() -> None:
+def test_a_record_is_80_bytes_and_its_blocks_are_counted_on() -> None:
     p = torch.zeros(300)
-    scalars = Scalars(*range(10))
+    scalars = [Scalars(*range(10)), Scalars(*range(1, 11))]
     some, none = Step("adam", 32, p, p, (p, p), ()), Step("adam", 32, p[:0], p[:0], (p, p), ())
-    records, blocks = pack_records([(step.record(), scalars) for step in (some, none, some)])
-    assert (len(records), blocks) == (256, 4)
-    fields = struct.unpack("<9q10f2q", records[128:])
+    (packed,) = pack_records([(some.record(), scalars[0]), (none.record(), scalars[0]), (some.record(), scalars[1])], 9)
+    assert (len(packed.records), packed.blocks, len(packed.numbers)) == (160, 4, 320)
+    fields = struct.unpack("<7q3i12x", packed.records[80:])
     assert fields[0] == p.data_ptr()
-    assert fields[6:8] == (300, 4)
-    assert fields[8] & 1
-    assert fields[9:19] == tuple(range(10))
+    assert fields[6:9] == (300, 4, 1)  # elements, end, float32 states
+    assert fields[9] == 1  # the second set of numbers
+    assert struct.unpack("<20f", packed.numbers[:80]) == (*range(10), *range(1, 11))
+
+
+def test_many_tensors_or_many_sets_of_numbers_take_more_launches() -> None:
+    record = Step("adam", 32, torch.zeros(300), torch.zeros(300), (), ()).record()
+    scalars = [Scalars(*range(start, start + 10)) for start in range(9)]
+    assert [packed.blocks for packed in pack_records([(record, scalars[0])] * 5, 2)] == [4, 4, 2]
+    assert [packed.blocks for packed in pack_records([(record, one) for one in scalars], 20)] == [16, 2]
+    assert pack_records([], 2) == []
 
 
 def tensors(dtype: torch.dtype) -> list[nn.Parameter]:

@@ -27,23 +27,49 @@
 //
 // Compile-time: RULE 0 adam, 1 lion, 2 momentum; PARAM 0 float32, 1 bfloat16, 2 float16; THREADS; REPLICAS.
 
+#ifndef RESIDENT
+#define RESIDENT 1
+#endif
+#ifndef LOADS
+#define LOADS 1
+#endif
+#ifndef STORES
+#define STORES 0
+#endif
+#ifndef AHEAD
+#define AHEAD 0
+#endif
 typedef unsigned char u8;
 typedef unsigned int u32;
 
-struct Tensor {           // 128 bytes, written by optim.py
+struct Numbers {           // Scalars of optim.py
+    float shrink, l2, beta1, rest1, beta2, rest2, eps, rate, correction, first;
+};
+struct NumberSets { Numbers of[SETS]; };
+
+struct Record {            // 80 bytes, written by optim.py
     void* p;
     const void* g;
-    void* state[2];       // uint8 codes, or float32
+    void* state[2];        // uint8 codes, or float32
     float* absmax[2];
     long long elements;
-    long long end;        // one past its last block in the order of all tensors' blocks
-    long long flags;      // 1: states are float32, 2: not aligned to 16 bytes
-    struct Numbers {      // Scalars of optim.py
-        float shrink, l2, beta1, rest1, beta2, rest2, eps, rate, correction, first;
-    } numbers;
-    long long unused[2];
+    int end;               // one past its last block in the order of all tensors' blocks
+    int flags;             // 1: states are float32, 2: not aligned to 16 bytes
+    int numbers;           // which of the NumberSets
+    int unused[3];
 };
-typedef Tensor::Numbers Numbers;
+
+struct __align__(16) Tensor {  // 112 bytes of shared memory, a Record made ready
+    void* p;
+    const void* g;
+    void* state[2];
+    float* absmax[2];
+    int begin, end;        // its blocks in the order of all tensors' blocks
+    int fast_end;          // one past the last block that fast_block takes
+    int wide;
+    Numbers numbers;
+    long long elements;
+};
 
 #define BLOCK 256
 #define BELOW_BYTES 49152
@@ -176,9 +202,15 @@ __device__ __forceinline__ u32 row_of(u32 word, int i) {
     return (shift >= 0 ? word >> (shift & 31) : word << (-shift & 31)) & (0xffu << ROW_SHIFT);
 }
 
+// How many boundaries of the map lie below the bucket of x; x's code is this, or one more if x > its boundary.
 template <int STATE>       // 0: signed map, 1: unsigned
+__device__ __forceinline__ u32 bucket(float x) {
+    return shared[(__float_as_uint(x) >> 16) + 16384 * STATE];
+}
+
+template <int STATE>
 __device__ __forceinline__ u32 encode(float x, u32 own) {
-    u32 index = shared[(__float_as_uint(x) >> 16) + 16384 * STATE];
+    u32 index = bucket<STATE>(x);
     return index + (x > look_up(BOUNDS(STATE), index << ROW_SHIFT, own));
 }
 
@@ -193,8 +225,64 @@ __device__ __forceinline__ uint2 encode_row(const float* x, float absmax, u32 ow
     if (!(absmax <= 3.4e38f)) return make_uint2(0, 0);
     float scale = inverse_of(absmax);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) word[i / 4] += encode<STATE>(x[i] * scale, own) << (8 * (i % 4));
+    for (int i = 0; i < 8; ++i) {
+        float y = x[i] * scale;
+        u32 index = bucket<STATE>(y);
+        float bound = look_up(BOUNDS(STATE), index << ROW_SHIFT, own);
+        word[i / 4] += index << (8 * (i % 4));
+        asm("{.reg .pred above; setp.gt.f32 above, %1, %2; @above add.u32 %0, %0, %3;}"  // one instruction less than +=
+            : "+r"(word[i / 4]) : "f"(y), "f"(bound), "r"(1u << (8 * (i % 4))));
+    }
     return make_uint2(word[0], word[1]);
+}
+
+// Every byte is read once and written once: nothing of it shall stay in L1.
+__device__ __forceinline__ uint4 load16(const void* at) {
+    uint4 x;
+#if LOADS == 1
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(__cvta_generic_to_global(at)));
+#else
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(__cvta_generic_to_global(at)));
+#endif
+    return x;
+}
+
+__device__ __forceinline__ uint2 load8(const void* at) {
+    uint2 x;
+#if LOADS == 1
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(__cvta_generic_to_global(at)));
+#else
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(__cvta_generic_to_global(at)));
+#endif
+    return x;
+}
+
+__device__ __forceinline__ float load4(const void* at) {
+    float x;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(__cvta_generic_to_global(at)));
+    return x;
+}
+
+#if STORES == 1
+#define STORE "st.global.cs"
+#elif STORES == 2
+#define STORE "st.global.L1::no_allocate"
+#else
+#define STORE "st.global"
+#endif
+__device__ __forceinline__ void store16(void* at, uint4 x) {
+    asm volatile(STORE ".v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(__cvta_generic_to_global(at)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+__device__ __forceinline__ void store8(void* at, uint2 x) {
+    asm volatile(STORE ".v2.u32 [%0], {%1, %2};" :: "l"(__cvta_generic_to_global(at)), "r"(x.x), "r"(x.y) : "memory");
+}
+
+__device__ __forceinline__ void store4(void* at, float x) {
+    asm volatile("st.global.f32 [%0], %1;" :: "l"(__cvta_generic_to_global(at)), "f"(x) : "memory");
 }
 
 struct Row {               // what one lane loads of a block
@@ -203,21 +291,23 @@ struct Row {               // what one lane loads of a block
     float absmax[STATES];
 };
 
-__device__ __forceinline__ void load(Row& row, const Tensor& t, long long block, int lane) {
-    long long at = block * 32 + lane;                    // in units of 8 elements
+__device__ __forceinline__ void load(Row& row, const Tensor& t, u32 block, int lane) {
+    u32 at = block * 32 + lane;                    // in units of 8 elements: below 2^35 elements in a tensor
+    const u8* p = (const u8*)t.p + (unsigned long long)at * (PACKED * 4);
+    const u8* g = (const u8*)t.g + (unsigned long long)at * (PACKED * 4);
 #pragma unroll
     for (int i = 0; i < PACKED / 4; ++i) {
-        *(uint4*)(row.p + 4 * i) = ((const uint4*)t.p)[at * (PACKED / 4) + i];
-        *(uint4*)(row.g + 4 * i) = __ldcs((const uint4*)t.g + at * (PACKED / 4) + i);
+        *(uint4*)(row.p + 4 * i) = load16(p + 16 * i);
+        *(uint4*)(row.g + 4 * i) = load16(g + 16 * i);
     }
 #pragma unroll
     for (int s = 0; s < STATES; ++s) {
-        row.codes[s] = ((const uint2*)t.state[s])[at];
-        row.absmax[s] = t.absmax[s][block];
+        row.codes[s] = load8((const u8*)t.state[s] + (unsigned long long)at * 8);
+        row.absmax[s] = load4((const u8*)t.absmax[s] + (unsigned long long)block * 4);
     }
 }
 
-__device__ __forceinline__ void fast_block(Row& row, const Tensor& t, long long block, int lane) {
+__device__ __forceinline__ void fast_block(const Row& row, const Tensor& t, u32 block, int lane) {
     const u32 own = (lane & (REPLICAS - 1)) * 4;
     const Numbers n = t.numbers;
     float m[8], v[8], m_max = 0.f, v_max = 0.f;
@@ -243,27 +333,28 @@ __device__ __forceinline__ void fast_block(Row& row, const Tensor& t, long long 
         before = p;
 #endif
     }
-    long long at = block * 32 + lane;
+    u32 at = block * 32 + lane;
+    u8* p = (u8*)t.p + (unsigned long long)at * (PACKED * 4);
 #pragma unroll
-    for (int i = 0; i < PACKED / 4; ++i) ((uint4*)t.p)[at * (PACKED / 4) + i] = *(uint4*)(out + 4 * i);
+    for (int i = 0; i < PACKED / 4; ++i) store16(p + 16 * i, *(uint4*)(out + 4 * i));
     m_max = warp_max(m_max);
-    ((uint2*)t.state[0])[at] = encode_row<0>(m, m_max, own);
-    if (lane == 0) t.absmax[0][block] = m_max;
+    store8((u8*)t.state[0] + (unsigned long long)at * 8, encode_row<0>(m, m_max, own));
+    if (lane == 0) store4((u8*)t.absmax[0] + (unsigned long long)block * 4, m_max);
 #if RULE == 0
     v_max = warp_max(v_max);
-    ((uint2*)t.state[1])[at] = encode_row<1>(v, v_max, own);
-    if (lane == 0) t.absmax[1][block] = v_max;
+    store8((u8*)t.state[1] + (unsigned long long)at * 8, encode_row<1>(v, v_max, own));
+    if (lane == 0) store4((u8*)t.absmax[1] + (unsigned long long)block * 4, v_max);
 #endif
 }
 
 // The same for float32 states, the last block of a tensor, and pointers off 16 bytes: lane l takes elements l, l + 32, ...
-__device__ __noinline__ void slow_block(const Tensor& t, long long block, int lane) {
+__device__ __noinline__ void slow_block(const Tensor& t, u32 block, int lane) {
     const u32 own = (lane & (REPLICAS - 1)) * 4;
-    const bool wide = t.flags & 1;
+    const bool wide = t.wide;
     float m[8], v[8], m_max = 0.f, v_max = 0.f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        long long at = block * BLOCK + i * 32 + lane;
+        long long at = (long long)block * BLOCK + i * 32 + lane;
         m[i] = v[i] = 0.f;
         if (at >= t.elements) continue;
         float p = widen(sizeof(Param) == 2 ? ((const unsigned short*)t.p)[at] : ((const u32*)t.p)[at]);
@@ -290,7 +381,7 @@ __device__ __noinline__ void slow_block(const Tensor& t, long long block, int la
     if (!(v_max <= 3.4e38f)) v_max = __int_as_float(0x7fffffff);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        long long at = block * BLOCK + i * 32 + lane;
+        long long at = (long long)block * BLOCK + i * 32 + lane;
         if (at >= t.elements) continue;
         if (wide) {
             ((float*)t.state[0])[at] = m[i];
@@ -308,13 +399,22 @@ __device__ __noinline__ void slow_block(const Tensor& t, long long block, int la
     }
 }
 
-__device__ __forceinline__ bool is_fast(const Tensor& t, long long block) {
-    return t.flags == 0 && (block + 1) * BLOCK <= t.elements;
+#if AHEAD > 0
+// Ask L2 for a later block of the same tensor: 4 lines each of p and g, 2 of each state.
+__device__ __forceinline__ void fetch(const Tensor& t, int at, int lane) {
+    if (at >= t.fast_end || lane >= 8 + 2 * STATES) return;
+    unsigned long long block = at - t.begin;
+    const u8* line = lane < 4   ? (const u8*)t.p + block * (BLOCK * sizeof(Param)) + lane * 128
+                     : lane < 8 ? (const u8*)t.g + block * (BLOCK * sizeof(Param)) + (lane - 4) * 128
+                                : (const u8*)t.state[(lane - 8) / 2] + block * BLOCK + lane % 2 * 128;
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(__cvta_generic_to_global(line)));
 }
+#endif
 
-// below: the bytes of shared memory; levels, bounds [2][256], the signed map's first.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) optim_blockwise(
-    const Tensor* tensors, int count, const uint4* below, const float* levels, const float* bounds) {
+// The tables and the tensors' records, made ready in shared memory.
+__device__ __forceinline__ void prepare(
+    Tensor* tensors, const Record* records, int count, const NumberSets& sets,
+    const uint4* below, const float* levels, const float* bounds) {
     for (int i = threadIdx.x; i < BELOW_BYTES / 16; i += THREADS) ((uint4*)shared)[i] = below[i];
 #pragma unroll
     for (int s = 0; s < STATES; ++s)
@@ -322,36 +422,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) optim_blockwise(
             LEVELS(s)[i] = levels[s * 256 + i / REPLICAS];
             BOUNDS(s)[i] = bounds[s * 256 + i / REPLICAS];
         }
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        const Record r = records[i];
+        Tensor& t = tensors[i];
+        t.p = r.p;
+        t.g = r.g;
+        for (int s = 0; s < 2; ++s) {
+            t.state[s] = r.state[s];
+            t.absmax[s] = r.absmax[s];
+        }
+        t.begin = i == 0 ? 0 : records[i - 1].end;
+        t.end = r.end;
+        t.fast_end = t.begin + (r.flags == 0 ? (int)(r.elements / BLOCK) : 0);
+        t.wide = r.flags & 1;
+        t.numbers = sets.of[r.numbers];
+        t.elements = r.elements;
+    }
     __syncthreads();
+}
+
+// count: at most as many as the launch has shared memory for; total: blocks of all tensors, below 2^31.
+// below: the bytes of shared memory; levels, bounds [2][256], the signed map's first.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) optim_blockwise(
+    const Record* records, int count, int total, const uint4* below, const float* levels, const float* bounds,
+    const __grid_constant__ NumberSets sets) {
+    Tensor* tensors = (Tensor*)(shared + BELOW_BYTES + STATES * 512 * REPLICAS * 4);
+    prepare(tensors, records, count, sets, below, levels, bounds);
 
     const int lane = threadIdx.x % 32;
-    const long long stride = (long long)gridDim.x * (THREADS / 32), total = tensors[count - 1].end;
-    long long at = (long long)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-    int present = 0;
+    const int stride = gridDim.x * (THREADS / 32);
+    int at = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (at >= total) return;
+    const Tensor* t = tensors;
+    while (at >= t->end) ++t;
     Row row;
-    bool loaded = false;
-    for (; at < total; at += stride) {
-        while (at >= tensors[present].end) ++present;
-        const Tensor& t = tensors[present];
-        long long block = at - (present == 0 ? 0 : tensors[present - 1].end);
-        if (!is_fast(t, block)) {
-            slow_block(t, block, lane);
-            loaded = false;
-            continue;
+    if (at < t->fast_end) load(row, *t, at - t->begin, lane);
+    while (true) {
+        const int following = at + stride;
+        const Tensor* u = t;
+        const Row now = row;
+        if (following < total) {
+            while (following >= u->end) ++u;
+            if (following < u->fast_end) load(row, *u, following - u->begin, lane);
+#if AHEAD > 0
+            fetch(*u, following + AHEAD * stride, lane);
+#endif
         }
-        if (!loaded) load(row, t, block, lane);
-        Row now = row;
-        loaded = false;
-        if (at + stride < total) {
-            int following = present;
-            while (at + stride >= tensors[following].end) ++following;
-            const Tensor& u = tensors[following];
-            long long ahead = at + stride - (following == 0 ? 0 : tensors[following - 1].end);
-            if (is_fast(u, ahead)) {
-                load(row, u, ahead, lane);
-                loaded = true;
-            }
-        }
-        fast_block(now, t, block, lane);
+        if (at < t->fast_end) fast_block(now, *t, at - t->begin, lane);
+        else slow_block(*t, at - t->begin, lane);
+        if (following >= total) return;
+        at = following;
+        t = u;
     }
 }
