@@ -3,9 +3,10 @@
     python bench/optim_step.py rows.json COMMIT
 
 Milliseconds are the median of 20 steps, each between two CUDA events on a device that has nothing else to do, so that
-the host's part counts; and of ten steps in a row, where it is hidden as in training. "share of copy" is the bytes that an 8-bit step moves
-(2 + 2 + 2 for p and g, 4 for the codes, 16/256 for the absmax: 10.06 a parameter) over the time, against the bytes
-that a copy of the same size moves. Peers run in the same process, after each other, each with fresh parameters.
+the host's part counts; and of ten steps in a row, where it is hidden, as in training. "share of copy" is the bytes that
+an 8-bit step moves (2 + 2 + 2 for p and g, 4 for the codes, 16/256 for the absmax: 10.06 a parameter) over the time,
+against the bytes that a copy of the same size moves. Peers run in the same process, one after another, each with fresh
+parameters.
 """
 
 import gc
