@@ -1,14 +1,18 @@
 """Oracle: the converted model, which knows nothing of training; torch's own compile, checkpointing and autocast."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from architectures import TINY
 from torch import nn
 
+import lowbit
 from lowbit.errors import CheckpointError, InputError, SchemeError
 from lowbit.kernels.registry import use
 from lowbit.model.quantize import Job, quantize_blocks
 from lowbit.model.recipe import Recipe
+from lowbit.model.rotation import Rotation
 from lowbit.model.select import Rule, select
 from lowbit.nn.fake import FakeOptions, FakeQuantLinear
 from lowbit.nn.linear import QuantLinear
@@ -21,8 +25,8 @@ SCHEMES = ["w2a16-g32-asym", "w3a16-g16", "w4a16-g32", "w4a16-g32-asym", "w4a16"
            "w8a8-dynamic-asym", "w8a8-static", "w8a8-static-asym"]  # fmt: skip
 
 
-def quantized(scheme: str, method: str) -> nn.Module:
-    model, recipe = TINY["llama"](), Recipe(QuantScheme.parse(scheme), method)
+def quantized(scheme: str, method: str, rotation: Rotation | None = None) -> nn.Module:
+    model, recipe = TINY["llama"](), Recipe(QuantScheme.parse(scheme), method, rotation=rotation)
     selection = select(model, find_blocks(model)[0], recipe.scheme)
     quantize_blocks(model, Job(recipe, selection, [IDS], torch.float32))
     return model
@@ -239,3 +243,11 @@ def test_only_an_integer_quantized_model_is_reopened() -> None:
         reopen(TINY["llama"]())
     with pytest.raises(SchemeError, match="training learns integer grids"):
         reopen(quantized("nf4-b64", "rtn"))
+
+
+def test_a_reopened_rotated_model_is_saved_with_its_rotations(tmp_path: Path) -> None:
+    reopened = lowbit.qat.reopen(quantized("w4a16-g32", "rotate", Rotation(online="down")))
+    model = lowbit.qat.convert(reopened.eval())
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(lowbit.load(tmp_path)(IDS).logits, model(IDS).logits, rtol=0, atol=2e-5)
