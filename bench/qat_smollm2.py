@@ -1,6 +1,6 @@
-"""QAT of SmolLM2 with self-distillation, against the GPTQ it begins with: one row per scheme and seed.
+"""QAT of SmolLM2 with self-distillation, beside rounding, GPTQ and what it begins with: a row per method and seed.
 
-    python bench/qat_smollm2.py MODEL TOKENS OUT.json --scheme w4a16-g64 --seed 0 --seconds 120 --lr 5e-4
+    python bench/qat_smollm2.py MODEL TOKENS OUT.json --scheme w4a16-g64 --seeds 0 1 --seconds 120 --lr 5e-4
         --calibration CALIBRATION.safetensors --evaluation EVALUATION.safetensors --commit C
 
 TOKENS: the training text as ids, little-endian uint16 in an .xz file (the whole of wiki_train). The student is the
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(name, type=Path)
     parser.add_argument("--scheme", default="w4a16-g64")
     parser.add_argument("--start", default="gptq", help="the method that training begins with, judged too")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each trains for its share of the time")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--scale-rate", type=float, default=0.1)
@@ -59,8 +59,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
     parser.add_argument("--graphed", action="store_true", help="each step is a replayed CUDA graph")
     parser.add_argument("--end", type=float, default=0.0, help="instead of --seconds: the epoch's second to be done by")
-    parser.add_argument("--meet", type=Path, help="a folder in which runs that share a GPU wait for each other")
-    parser.add_argument("--parties", type=int, default=1)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--device", default="cuda")
@@ -118,16 +116,21 @@ def optimizer_of(student: nn.Module, lr: float, scale_rate: float) -> torch.opti
 
 
 def learned(
-    student: PreTrainedModel, teacher: PreTrainedModel, text: Tensor, options: argparse.Namespace
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    text: Tensor,
+    seed: int,
+    budget: float,
+    options: argparse.Namespace,
 ) -> tuple[list[float], list[float]]:
     """(losses, seconds after which each step had ended)."""
     if options.compile:
-        for model in (student, teacher):
-            compile_blocks(model)
+        compile_blocks(student)
+        plain_blocks(teacher)
+        compile_blocks(teacher)
     optimizer = optimizer_of(student, options.lr, options.scale_rate)
-    budget = options.end - time.time() - JUDGING if options.end else options.seconds
     loop = LoopOptions(
-        MOST_STEPS, options.batch, WARMUP, seed=options.seed, diverged=5.0, graphed=options.graphed, seconds=budget
+        MOST_STEPS, options.batch, WARMUP, seed=seed, diverged=5.0, graphed=options.graphed, seconds=budget
     )
     started, times = time.perf_counter(), list[float]()
 
@@ -139,52 +142,41 @@ def learned(
     return train(Capturable(student), text, Teacher(Capturable(teacher)), optimizer, loop, None, progress).losses, times
 
 
-def meet(options: argparse.Namespace) -> None:
-    """Wait, a minute at most, until all runs have come this far: only then a step's time is what it will be."""
-    if options.meet is None:
-        return
-    options.meet.mkdir(parents=True, exist_ok=True)
-    (options.meet / f"{options.scheme}-{options.seed}").touch()
-    until = time.perf_counter() + 60
-    while len(list(options.meet.iterdir())) < options.parties and time.perf_counter() < until:
-        time.sleep(0.2)
-
-
 def main() -> None:
     options = arguments()
     device, text = torch.device(options.device), training_text(options.tokens)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(device)
     reference = judge.Reference.of(base, stored(options.evaluation, options.windows))
-    common = {"scheme": options.scheme, "seed": options.seed, "device": _device_name(device), "batch": options.batch,
+    common = {"scheme": options.scheme, "device": _device_name(device), "batch": options.batch,
               "torch": torch.__version__, "commit": options.commit, "model": "SmolLM2-135M-Instruct, permuted"}  # fmt: skip  # noqa: E501
     rows: list[dict[str, Any]] = []
-    for method in dict.fromkeys(["gptq", options.start]):
-        clock = time.perf_counter()
-        start = solved(base, method, options)
-        rows.append(common | {"method": method, "seconds": time.perf_counter() - clock} | judged(start, reference))
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(common | row)
         _show(rows[-1])
         options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    student = student_of(start)
+
+    for method in dict.fromkeys(["rtn", "gptq", options.start]):
+        clock = time.perf_counter()
+        start = solved(base, method, options)
+        add({"method": method, "seconds": time.perf_counter() - clock} | judged(start, reference))
     teacher = copy.deepcopy(base).to(torch.bfloat16)
     frozen([teacher])
-    meet(options)
-    clock = time.perf_counter()
-    losses, times = learned(student, teacher, text, options)
-    seconds = time.perf_counter() - clock
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    plain = qat.convert(student).to(torch.float32)
-    plain_blocks(plain)
-    rows.append(common | {
-        "method": f"qat, self-distillation from {options.start}", "steps": len(losses),
-        "tokens": len(losses) * options.batch * T, "lr": options.lr,
-        "scale_lr": options.lr * options.scale_rate,
-        "graphed": options.graphed, "compiled": options.compile, "seconds": seconds,
-        "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1), "first_step_seconds": times[0],
-        "peak_bytes": peak,
-        "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
-    } | judged(plain, reference))  # fmt: skip
-    _show(rows[-1])
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for done, seed in enumerate(options.seeds):
+        left = options.end - time.time() - JUDGING * (len(options.seeds) - done)
+        budget = left / (len(options.seeds) - done) if options.end else options.seconds
+        student, clock = student_of(copy.deepcopy(start)), time.perf_counter()
+        losses, times = learned(student, teacher, text, seed, budget, options)
+        seconds = time.perf_counter() - clock
+        plain_blocks(student)
+        add({
+            "seed": seed, "method": f"qat, self-distillation from {options.start}", "steps": len(losses),
+            "tokens": len(losses) * options.batch * T, "lr": options.lr, "scale_lr": options.lr * options.scale_rate,
+            "graphed": options.graphed, "compiled": options.compile, "seconds": seconds,
+            "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1), "first_step_seconds": times[0],
+            "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+            "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
+        } | judged(qat.convert(student).to(torch.float32), reference))  # fmt: skip
 
 
 def _parts(losses: list[float], size: int) -> list[list[float]]:
