@@ -13,7 +13,7 @@ writes them in place.
 
 import struct
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
@@ -33,6 +33,7 @@ _POINTERS, _ENDS, _NUMBERS = struct.Struct("<7q"), struct.Struct("<3i12x"), stru
 SETS = 8  # of numbers, in one launch
 RECORD_BYTES = 80  # the Record of the .cu file
 _READY_BYTES = 112  # its Tensor, in shared memory
+AHEAD = 1  # blocks of a warp that L2 is asked for before they are loaded: 0.75 ms with 1, 0.82 without
 _MOST_ELEMENTS = 2**35  # a lane's place is an unsigned int of 8 elements each
 _WIDE, _UNALIGNED = 1, 2
 
@@ -57,7 +58,8 @@ class Scalars:
 
     @cached_property
     def packed(self) -> bytes:
-        return _NUMBERS.pack(*astuple(self))
+        first, second = (self.shrink, self.l2, self.beta1, self.rest1), (self.beta2, self.rest2, self.eps)
+        return _NUMBERS.pack(*first, *second, self.rate, self.correction, self.first)  # astuple takes 10 us
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def _kernel(device: torch.device, rule: str, dtype: torch.dtype) -> Kernel:
     plan = _plan(device, rule)
     defines = (
         *(("RULE", _RULES[rule]), ("PARAM", _PARAMETERS[dtype]), ("SETS", SETS)),
-        *(("THREADS", plan.threads), ("REPLICAS", plan.replicas)),
+        *(("THREADS", plan.threads), ("REPLICAS", plan.replicas), ("AHEAD", AHEAD)),
     )
     parameters = f"PiiPPP{SETS * _NUMBERS.size}s"
     return load_kernel("optim_blockwise.cu", "optim_blockwise", parameters, device, defines, plan.shared_bytes)

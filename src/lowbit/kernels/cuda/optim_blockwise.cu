@@ -9,7 +9,7 @@
 //    read    2 + 2 + 1 + 1 bytes an element, written 2 + 1 + 1, and 16/256 for the absmax: 10.06
 //
 // The grid is persistent: as many thread blocks as the device holds, each warp striding over all blocks of all tensors,
-// its next block's loads in flight while it works on the present one.
+// its next block's loads in flight while it works on the present one, and the block AHEAD of that one on its way to L2.
 //
 //    decode   level = levels[code] * absmax         256 floats in shared memory, REPLICAS copies: copy r serves the
 //                                                   lanes l = r mod REPLICAS, so 32 copies have no bank conflicts
@@ -25,20 +25,8 @@
 //
 // Tensors whose states are float32, tails and unaligned tensors go element by element (slow_block), in the same launch.
 //
-// Compile-time: RULE 0 adam, 1 lion, 2 momentum; PARAM 0 float32, 1 bfloat16, 2 float16; THREADS; REPLICAS.
+// Compile-time: RULE 0 adam, 1 lion, 2 momentum; PARAM 0 float32, 1 bfloat16, 2 float16; THREADS; REPLICAS; AHEAD; SETS.
 
-#ifndef RESIDENT
-#define RESIDENT 1
-#endif
-#ifndef LOADS
-#define LOADS 1
-#endif
-#ifndef STORES
-#define STORES 0
-#endif
-#ifndef AHEAD
-#define AHEAD 0
-#endif
 typedef unsigned char u8;
 typedef unsigned int u32;
 
@@ -236,26 +224,18 @@ __device__ __forceinline__ uint2 encode_row(const float* x, float absmax, u32 ow
     return make_uint2(word[0], word[1]);
 }
 
-// Every byte is read once and written once: nothing of it shall stay in L1.
+// Loads and stores that the compiler knows to be of global memory. Hints that bytes are used once (no_allocate,
+// streaming stores) changed nothing: 0.76 and 0.75 ms beside 0.75 (docs/log-training.md).
 __device__ __forceinline__ uint4 load16(const void* at) {
     uint4 x;
-#if LOADS == 1
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(__cvta_generic_to_global(at)));
-#else
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(__cvta_generic_to_global(at)));
-#endif
     return x;
 }
 
 __device__ __forceinline__ uint2 load8(const void* at) {
     uint2 x;
-#if LOADS == 1
-    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(__cvta_generic_to_global(at)));
-#else
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(__cvta_generic_to_global(at)));
-#endif
     return x;
 }
 
@@ -265,20 +245,13 @@ __device__ __forceinline__ float load4(const void* at) {
     return x;
 }
 
-#if STORES == 1
-#define STORE "st.global.cs"
-#elif STORES == 2
-#define STORE "st.global.L1::no_allocate"
-#else
-#define STORE "st.global"
-#endif
 __device__ __forceinline__ void store16(void* at, uint4 x) {
-    asm volatile(STORE ".v4.u32 [%0], {%1, %2, %3, %4};"
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  :: "l"(__cvta_generic_to_global(at)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 __device__ __forceinline__ void store8(void* at, uint2 x) {
-    asm volatile(STORE ".v2.u32 [%0], {%1, %2};" :: "l"(__cvta_generic_to_global(at)), "r"(x.x), "r"(x.y) : "memory");
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" :: "l"(__cvta_generic_to_global(at)), "r"(x.x), "r"(x.y) : "memory");
 }
 
 __device__ __forceinline__ void store4(void* at, float x) {
@@ -399,17 +372,16 @@ __device__ __noinline__ void slow_block(const Tensor& t, u32 block, int lane) {
     }
 }
 
-#if AHEAD > 0
-// Ask L2 for a later block of the same tensor: 4 lines each of p and g, 2 of each state.
+// Ask L2 for a later block of the same tensor: its lines of 128 bytes of p, g and each state, one a lane.
 __device__ __forceinline__ void fetch(const Tensor& t, int at, int lane) {
-    if (at >= t.fast_end || lane >= 8 + 2 * STATES) return;
-    unsigned long long block = at - t.begin;
-    const u8* line = lane < 4   ? (const u8*)t.p + block * (BLOCK * sizeof(Param)) + lane * 128
-                     : lane < 8 ? (const u8*)t.g + block * (BLOCK * sizeof(Param)) + (lane - 4) * 128
-                                : (const u8*)t.state[(lane - 8) / 2] + block * BLOCK + lane % 2 * 128;
+    const int lines = BLOCK * sizeof(Param) / 128;
+    if (at >= t.fast_end || lane >= 2 * lines + 2 * STATES) return;
+    const unsigned long long block = at - t.begin;
+    const u8* line = lane < lines       ? (const u8*)t.p + block * (BLOCK * sizeof(Param)) + lane * 128
+                     : lane < 2 * lines ? (const u8*)t.g + block * (BLOCK * sizeof(Param)) + (lane - lines) * 128
+                                        : (const u8*)t.state[(lane - 2 * lines) / 2] + block * BLOCK + lane % 2 * 128;
     asm volatile("prefetch.global.L2 [%0];" :: "l"(__cvta_generic_to_global(line)));
 }
-#endif
 
 // The tables and the tensors' records, made ready in shared memory.
 __device__ __forceinline__ void prepare(
@@ -443,7 +415,7 @@ __device__ __forceinline__ void prepare(
 
 // count: at most as many as the launch has shared memory for; total: blocks of all tensors, below 2^31.
 // below: the bytes of shared memory; levels, bounds [2][256], the signed map's first.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) optim_blockwise(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) optim_blockwise(
     const Record* records, int count, int total, const uint4* below, const float* levels, const float* bounds,
     const __grid_constant__ NumberSets sets) {
     Tensor* tensors = (Tensor*)(shared + BELOW_BYTES + STATES * 512 * REPLICAS * 4);
@@ -464,9 +436,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) optim_blockwise(
         if (following < total) {
             while (following >= u->end) ++u;
             if (following < u->fast_end) load(row, *u, following - u->begin, lane);
-#if AHEAD > 0
             fetch(*u, following + AHEAD * stride, lane);
-#endif
         }
         if (at < t->fast_end) fast_block(now, *t, at - t->begin, lane);
         else slow_block(*t, at - t->begin, lane);
