@@ -1,4 +1,4 @@
-"""Loss curves of SmolLM2 over 300 steps: AdamW with states of 32 and of 8 bits, and of 4, over several seeds.
+"""Loss curves of SmolLM2 over 300 steps: AdamW with states of 32 and of 8 bits, over several seeds.
 
     python bench/optim_curve_smollm2.py MODEL TOKENS OUT.json COMMIT [--device cuda] [--seeds 3] [--batch 8]
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from lowbit.train.distill import next_token_loss
 from lowbit.train.graph import Capturable
 from lowbit.train.loop import LoopOptions, train
-from lowbit.train.optim import AdamW4bit, AdamW8bit, parameter_groups
+from lowbit.train.optim import AdamW8bit, parameter_groups
 
 STEPS, EVERY, LR = 300, 50, 2e-4
 
@@ -40,8 +40,6 @@ def arguments() -> argparse.Namespace:
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name == "lowbit AdamW8bit":
         return AdamW8bit(parameter_groups(model), lr=LR, weight_decay=0.0)
-    if name == "lowbit AdamW4bit":
-        return AdamW4bit(parameter_groups(model), lr=LR, weight_decay=0.0)
     return torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
 
 
@@ -61,7 +59,7 @@ def main() -> None:
         place["device"] = torch.cuda.get_device_name()
     rows = []
     for seed in range(options.seeds):
-        for name in ("torch AdamW, 32 bits", "lowbit AdamW8bit", "lowbit AdamW4bit"):
+        for name in ("torch AdamW, 32 bits", "lowbit AdamW8bit"):
             losses = curve(name, seed, options)
             means = [sum(losses[start : start + EVERY]) / EVERY for start in range(0, STEPS, EVERY)]
             row = {
