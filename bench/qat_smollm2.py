@@ -164,7 +164,7 @@ def main() -> None:
     frozen([teacher])
     for done, seed in enumerate(options.seeds):
         left = options.end - time.time() - JUDGING * (len(options.seeds) - done)
-        budget = left / (len(options.seeds) - done) if options.end else options.seconds
+        budget = max(1.0, left / (len(options.seeds) - done)) if options.end else options.seconds
         student, clock = student_of(copy.deepcopy(start)), time.perf_counter()
         losses, times = learned(student, teacher, text, seed, budget, options)
         seconds = time.perf_counter() - clock
