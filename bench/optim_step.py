@@ -1,4 +1,4 @@
-"""Times one AdamW step over 2^28 bf16 parameters: ours in 8 bits, bitsandbytes', torch's fused one, and a plain copy.
+"""Times one AdamW step over 2^28 bf16 parameters: ours in 8 and 4 bits, bitsandbytes', torch's fused one, and a plain copy.
 
     python bench/optim_step.py rows.json COMMIT
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.train.optim import AdamW8bit, Lion8bit, SGD8bit
+from lowbit.train.optim import AdamW4bit, AdamW8bit, Lion8bit, SGD8bit
 
 ELEMENTS = 2**28
 STEP_BYTES = 10 + 16 / 256
@@ -83,6 +83,7 @@ def rows() -> list[dict[str, Any]]:
         "lowbit AdamW8bit": AdamW8bit,
         "lowbit Lion8bit": Lion8bit,
         "lowbit SGD8bit": SGD8bit,
+        "lowbit AdamW4bit": AdamW4bit,
         "torch AdamW fused, bf16 states": lambda made: torch.optim.AdamW(made, fused=True),
     }
     if importlib.util.find_spec("bitsandbytes"):

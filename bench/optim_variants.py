@@ -29,7 +29,7 @@ def shared_bytes(replicas: int) -> int:
 
 
 def kernel_of(file: str, variant: tuple[int, ...], device: torch.device) -> Kernel:
-    defines = (("RULE", 0), ("PARAM", 1), ("SETS", optim.SETS), *zip(COLUMNS, variant, strict=True))
+    defines = (("BITS", 8), ("RULE", 0), ("PARAM", 1), ("SETS", optim.SETS), *zip(COLUMNS, variant, strict=True))
     parameters = f"PiiPPP{optim.SETS * 40}s"
     return load_kernel(file, "optim_blockwise", parameters, device, defines, shared_bytes(variant[1]))
 
@@ -64,7 +64,7 @@ def main() -> None:
         kernels = dict(zip(VARIANTS, pool.map(lambda one: kernel_of(file, one, device), VARIANTS), strict=True))
     one, packed = step(device)
     records = torch.frombuffer(bytearray(packed.records), dtype=torch.uint8).to(device)
-    tables = [table.data_ptr() for table in optim._tables(device)]
+    tables = [table.data_ptr() for table in optim._tables(device, 8)]
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     target, source = (torch.empty(ELEMENTS * 5 // 4, device=device) for _ in range(2))
     found: dict[str, list[tuple[float, float]]] = {}

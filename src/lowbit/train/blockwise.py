@@ -1,7 +1,7 @@
 """The optimizer under every one of optim.py: a rule (rules.py) over states of few bits (states.py).
 
 States are decoded, stepped in float32 and encoded again. On CUDA all tensors of a step go through one launch of one
-kernel (kernels/cuda/optim.py); elsewhere, and for 4 bits, each tensor goes through torch.
+kernel (kernels/cuda/optim.py); elsewhere each tensor goes through torch.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Launches optim_blockwise.cu: one optimizer step over many tensors with 8-bit (or float32) states, in one launch.
+"""Launches optim_blockwise.cu: one optimizer step over many tensors whose states have 8, 4 or 32 bits, in one launch.
 
 For every tensor a record of 80 bytes (pointers, sizes) is written on the host; all of them are copied over in one
 piece, and stay on the device while nothing in them changes. The step's numbers, which do change, are the kernel's own
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lowbit.kernels.cuda.compiler import Kernel, current_stream, load_kernel
 from lowbit.kernels.cuda.device import gpu_of
-from lowbit.numerics.codebook import dynamic_map
+from lowbit.numerics.codebook import state_levels
 
-BLOCK = 256
+BLOCK = 256  # elements of a warp: one block of 8 bits, two of 4
 BELOW_BYTES = 49152
 UNSIGNED_AT, NEGATIVE_AT = 0x4000, 0x8000  # where the unsigned map and negative numbers begin in `below`
 _KEYS = 0x3F80 + 1  # upper halves of the floats from 0 to 1
@@ -64,7 +64,10 @@ class Scalars:
 
 @dataclass(frozen=True)
 class KernelStep:
-    """One tensor's step: p and g of one dtype and shape; its states, and their absmax (none where bits is 32)."""
+    """One tensor's step: p and g of one dtype and shape; its states, and their absmax (none where bits is 32).
+
+    States that are kept in 32 bits go with those of 8.
+    """
 
     rule: str
     bits: int
@@ -81,7 +84,7 @@ class KernelStep:
         unaligned = any(pointer % 16 for pointer in pointers[:4])
         flags = (_WIDE if self.bits == 32 else 0) | (_UNALIGNED if unaligned else 0)
         elements = self.p.numel()
-        launch = (self.p.device, self.rule, self.p.dtype)
+        launch = (self.p.device, self.rule, self.p.dtype, 4 if self.bits == 4 else 8)
         return Record(launch, _POINTERS.pack(*pointers, elements), -(-elements // BLOCK), flags)
 
 
@@ -89,7 +92,7 @@ class KernelStep:
 class Record:
     """A KernelStep as the kernel reads it, but for its numbers; steps of equal `launch` go in one launch."""
 
-    launch: tuple[torch.device, str, torch.dtype]
+    launch: "Launch"
     pointers: bytes
     blocks: int
     flags: int
@@ -99,7 +102,7 @@ def step_refusal(step: KernelStep) -> str | None:
     """Why the kernel can't do this step, or None."""
     if not step.p.is_cuda:
         return "the parameter is not on a CUDA device"
-    if step.bits not in (8, 32):
+    if step.bits not in (4, 8, 32):
         return f"states of {step.bits} bits go through torch"
     if step.p.dtype not in _PARAMETERS or step.g.dtype != step.p.dtype:
         return f"a parameter of {step.p.dtype} with a gradient of {step.g.dtype} goes through torch"
@@ -110,26 +113,28 @@ def step_refusal(step: KernelStep) -> str | None:
     return None
 
 
-Sent = dict[tuple[torch.device, str, torch.dtype, int], tuple[bytes, Tensor]]
+Launch = tuple[torch.device, str, torch.dtype, int]
+"""What one launch serves: device, rule, the parameters' dtype, and the bits of states."""
+Sent = dict[tuple[Launch, int], tuple[bytes, Tensor]]
 """The records of each launch of the last step, and where they lie on the device."""
 
 
 def step_all(steps: Sequence[tuple[Record, Scalars]], sent: Sent) -> None:
-    """Apply steps that did not refuse: one launch for each combination of device, rule and dtype.
+    """Apply steps that did not refuse: one launch for each combination of device, rule, dtype and bits.
 
     More are needed where there are more tensors than shared memory holds records (384), or more than 8 sets of numbers.
     """
-    launches: dict[tuple[torch.device, str, torch.dtype], list[tuple[Record, Scalars]]] = {}
+    launches: dict[Launch, list[tuple[Record, Scalars]]] = {}
     for step in steps:
         launches.setdefault(step[0].launch, []).append(step)
-    for (device, rule, dtype), together in launches.items():
+    for launch, together in launches.items():
+        device, rule, *_ = launch
         for number, packed in enumerate(pack_records(together, _plan(device, rule).records)):
-            key = (device, rule, dtype, number)
-            known = sent.get(key)
+            known = sent.get((launch, number))
             if known is None or known[0] != packed.records:
                 host = torch.frombuffer(bytearray(packed.records), dtype=torch.uint8).pin_memory()
-                known = sent[key] = packed.records, host.to(device, non_blocking=True)
-            _launch(device, rule, dtype, packed, known[1])
+                known = sent[launch, number] = packed.records, host.to(device, non_blocking=True)
+            _run(launch, packed, known[1])
 
 
 @dataclass(frozen=True)
@@ -163,10 +168,10 @@ def _packed(parts: list[bytes], blocks: int, sets: dict[bytes, int]) -> Packed:
     return Packed(b"".join(parts), blocks, b"".join(sets).ljust(SETS * _NUMBERS.size, b"\0"))
 
 
-def _launch(device: torch.device, rule: str, dtype: torch.dtype, packed: Packed, records: Tensor) -> None:
-    below, levels, bounds = _tables(device)
-    plan = _plan(device, rule)
-    kernel = _kernel(device, rule, dtype)
+def _run(launch: Launch, packed: Packed, records: Tensor) -> None:
+    device, rule, _, bits = launch
+    below, levels, bounds = _tables(device, bits)
+    plan, kernel = _plan(device, rule), _kernel(launch)
     grid = min(plan.thread_blocks, -(-packed.blocks * 32 // plan.threads))
     arguments = (
         *(records.data_ptr(), len(packed.records) // RECORD_BYTES, packed.blocks),
@@ -177,10 +182,11 @@ def _launch(device: torch.device, rule: str, dtype: torch.dtype, packed: Packed,
 
 
 @cache
-def _kernel(device: torch.device, rule: str, dtype: torch.dtype) -> Kernel:
+def _kernel(launch: Launch) -> Kernel:
+    device, rule, dtype, bits = launch
     plan = _plan(device, rule)
     defines = (
-        *(("RULE", _RULES[rule]), ("PARAM", _PARAMETERS[dtype]), ("SETS", SETS)),
+        *(("BITS", bits), ("RULE", _RULES[rule]), ("PARAM", _PARAMETERS[dtype]), ("SETS", SETS)),
         *(("THREADS", plan.threads), ("REPLICAS", plan.replicas), ("AHEAD", AHEAD)),
     )
     parameters = f"PiiPPP{SETS * _NUMBERS.size}s"
@@ -210,19 +216,21 @@ def _plan(device: torch.device, rule: str) -> _Plan:
 
 
 @cache
-def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(device: torch.device, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """(below uint8 [49152], levels float32 [2, 256], bounds float32 [2, 256]) on the device, the signed map first."""
-    maps = [dynamic_map(True), dynamic_map(False)]
-    levels, bounds = torch.stack(maps), torch.stack([_bounds(levels) for levels in maps])
-    return search_table().to(device), levels.to(device), bounds.to(device)
+    maps = [state_levels(bits, signed) for signed in (True, False)]
+    levels = torch.stack([torch.nn.functional.pad(one, (0, 256 - len(one)), value=1.0) for one in maps])
+    bounds = torch.stack([pad_bounds(one) for one in maps])
+    return search_table(bits).to(device), levels.to(device), bounds.to(device)
 
 
-def _bounds(levels: Tensor) -> Tensor:
+def pad_bounds(levels: Tensor) -> Tensor:
     """The boundaries between neighbours, and infinity after the last: [256]."""
-    return torch.cat([(levels[:-1] + levels[1:]) / 2, torch.tensor([torch.inf])])
+    middles = (levels[:-1] + levels[1:]) / 2
+    return torch.nn.functional.pad(middles, (0, 256 - len(middles)), value=torch.inf)
 
 
-def search_table() -> Tensor:
+def search_table(bits: int = 8) -> Tensor:
     """uint8 [49152]: for the upper half of a float's bits, how many boundaries lie below every float of that half.
 
     At most one more lies among them, so the code of x is below[key] + (x > bounds[below[key]]). Keys of the signed map
@@ -230,7 +238,7 @@ def search_table() -> Tensor:
     """
     table = torch.zeros(BELOW_BYTES, dtype=torch.uint8)
     edges = (torch.arange(_KEYS + 1, dtype=torch.int32) << 16).view(torch.float32)  # |x| of key k: edges[k] to [k + 1]
-    signed, unsigned = _bounds(dynamic_map(True)), _bounds(dynamic_map(False))
+    signed, unsigned = (pad_bounds(state_levels(bits, sign)) for sign in (True, False))
     table[:_KEYS] = torch.bucketize(edges[:-1], signed)
     table[UNSIGNED_AT : UNSIGNED_AT + _KEYS] = torch.bucketize(edges[:-1], unsigned)
     table[NEGATIVE_AT : NEGATIVE_AT + _KEYS] = torch.bucketize(-edges[1:], signed, right=True)

@@ -1,6 +1,8 @@
-// One step of an optimizer with block-wise 8-bit states, over any number of tensors in one launch.
+// One step of an optimizer with block-wise states of 8 or 4 bits, over any number of tensors in one launch.
 //
-// A block is 256 elements of a tensor, and one warp's work: lane l takes elements 8l ... 8l+7.
+// 256 elements of a tensor are one warp's work: lane l takes elements 8l ... 8l+7. With 8 bits they are one block; with
+// 4 bits they are two blocks of 128, one for each half of the warp, and a lane's codes are 4 bytes, the first of each
+// pair in the high nibble.
 //
 //            p, g  bf16       m, v codes       absmax
 //    lane 0  |16 bytes each|  |8 bytes each|   one float per state and block, read by all lanes
@@ -25,7 +27,8 @@
 //
 // Tensors whose states are float32, tails and unaligned tensors go element by element (slow_block), in the same launch.
 //
-// Compile-time: RULE 0 adam, 1 lion, 2 momentum; PARAM 0 float32, 1 bfloat16, 2 float16; THREADS; REPLICAS; AHEAD; SETS.
+// Compile-time: BITS 8 or 4; RULE 0 adam, 1 lion, 2 momentum; PARAM 0 float32, 1 bfloat16, 2 float16; THREADS; REPLICAS;
+// AHEAD; SETS.
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -59,7 +62,9 @@ struct __align__(16) Tensor {  // 112 bytes of shared memory, a Record made read
     long long elements;
 };
 
-#define BLOCK 256
+#define BLOCK 256              // elements of a warp
+#define HALVES (8 / BITS)      // blocks among them, each with its own absmax
+#define LANES (32 / HALVES)    // of a block
 #define BELOW_BYTES 49152
 #define STATES (RULE == 0 ? 2 : 1)
 
@@ -129,12 +134,13 @@ __device__ __forceinline__ float element(const u32* words, int i) {
 #endif
 }
 
-__device__ __forceinline__ float warp_max(float x) {  // x >= 0, or NaN, whose bits are larger than any number's
-#if __CUDA_ARCH__ >= 800
+// The maximum over the lanes of a block; x >= 0, or NaN, whose bits are larger than any number's.
+__device__ __forceinline__ float block_max(float x) {
+#if __CUDA_ARCH__ >= 800 && BITS == 8
     return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
 #else
     u32 bits = __float_as_uint(x);
-    for (int step = 16; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
+    for (int step = LANES / 2; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
     return __uint_as_float(bits);
 #endif
 }
@@ -184,10 +190,21 @@ __device__ __forceinline__ float look_up(const float* floats, u32 at, u32 own) {
     return *(const float*)((const u8*)floats + (at | own));
 }
 
-// Code i of a word, times the bytes of a row.
-__device__ __forceinline__ u32 row_of(u32 word, int i) {
-    const int shift = 8 * i - ROW_SHIFT;
-    return (shift >= 0 ? word >> (shift & 31) : word << (-shift & 31)) & (0xffu << ROW_SHIFT);
+#if BITS == 8
+typedef uint2 Codes;       // of a lane's 8 elements
+#define WORD(codes, i) ((i) < 4 ? (codes).x : (codes).y)
+#define POSITION(i) (8 * ((i) % 4))
+#else
+typedef u32 Codes;
+#define WORD(codes, i) (codes)
+#define POSITION(i) (8 * ((i) / 2) + 4 * (1 - (i) % 2))
+#endif
+
+// Code i of a lane, times the bytes of a row.
+__device__ __forceinline__ u32 row_of(Codes codes, int i) {
+    const int shift = POSITION(i) - ROW_SHIFT;
+    u32 word = WORD(codes, i);
+    return (shift >= 0 ? word >> (shift & 31) : word << (-shift & 31)) & (((1u << BITS) - 1) << ROW_SHIFT);
 }
 
 // How many boundaries of the map lie below the bucket of x; x's code is this, or one more if x > its boundary.
@@ -205,23 +222,24 @@ __device__ __forceinline__ u32 encode(float x, u32 own) {
 // 1 / absmax; 0 where that would overflow, so that a block of nothing but zeros and denormals becomes zeros.
 __device__ __forceinline__ float inverse_of(float absmax) { return absmax >= 1.2e-38f ? 1.f / absmax : 0.f; }
 
-// Codes of 8 elements, in two words. A block whose
-// absmax is not finite gets codes 0, whose levels its absmax makes NaN or infinite again.
+// Codes of 8 elements. A block whose absmax is not finite gets codes 0, whose levels its absmax makes NaN or infinite
+// again.
 template <int STATE>
-__device__ __forceinline__ uint2 encode_row(const float* x, float absmax, u32 own) {
-    u32 word[2] = {0, 0};
-    if (!(absmax <= 3.4e38f)) return make_uint2(0, 0);
+__device__ __forceinline__ Codes encode_row(const float* x, float absmax, u32 own) {
+    Codes codes{};
+    if (!(absmax <= 3.4e38f)) return codes;
     float scale = inverse_of(absmax);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         float y = x[i] * scale;
         u32 index = bucket<STATE>(y);
         float bound = look_up(BOUNDS(STATE), index << ROW_SHIFT, own);
-        word[i / 4] += index << (8 * (i % 4));
+        u32& word = WORD(codes, i);
+        word += index << POSITION(i);
         asm("{.reg .pred above; setp.gt.f32 above, %1, %2; @above add.u32 %0, %0, %3;}"  // one instruction less than +=
-            : "+r"(word[i / 4]) : "f"(y), "f"(bound), "r"(1u << (8 * (i % 4))));
+            : "+r"(word) : "f"(y), "f"(bound), "r"(1u << POSITION(i)));
     }
-    return make_uint2(word[0], word[1]);
+    return codes;
 }
 
 // Loads and stores that the compiler knows to be of global memory. Hints that bytes are used once (no_allocate,
@@ -258,9 +276,30 @@ __device__ __forceinline__ void store4(void* at, float x) {
     asm volatile("st.global.f32 [%0], %1;" :: "l"(__cvta_generic_to_global(at)), "f"(x) : "memory");
 }
 
+__device__ __forceinline__ Codes load_codes(const void* state, u32 at) {
+#if BITS == 8
+    return load8((const u8*)state + (unsigned long long)at * 8);
+#else
+    return __float_as_uint(load4((const u8*)state + (unsigned long long)at * 4));
+#endif
+}
+
+__device__ __forceinline__ void store_codes(void* state, u32 at, Codes codes) {
+#if BITS == 8
+    store8((u8*)state + (unsigned long long)at * 8, codes);
+#else
+    store4((u8*)state + (unsigned long long)at * 4, __uint_as_float(codes));
+#endif
+}
+
+// Where the absmax of a lane's block lies.
+__device__ __forceinline__ float* absmax_of(float* absmax, u32 block, int lane) {
+    return absmax + ((unsigned long long)block * HALVES + lane / LANES);
+}
+
 struct Row {               // what one lane loads of a block
     u32 p[PACKED], g[PACKED];
-    uint2 codes[STATES];
+    Codes codes[STATES];
     float absmax[STATES];
 };
 
@@ -275,8 +314,8 @@ __device__ __forceinline__ void load(Row& row, const Tensor& t, u32 block, int l
     }
 #pragma unroll
     for (int s = 0; s < STATES; ++s) {
-        row.codes[s] = load8((const u8*)t.state[s] + (unsigned long long)at * 8);
-        row.absmax[s] = load4((const u8*)t.absmax[s] + (unsigned long long)block * 4);
+        row.codes[s] = load_codes(t.state[s], at);
+        row.absmax[s] = load4(absmax_of(t.absmax[s], block, lane));
     }
 }
 
@@ -289,9 +328,9 @@ __device__ __forceinline__ void fast_block(const Row& row, const Tensor& t, u32 
     float before = 0.f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        m[i] = look_up(LEVELS(0), row_of(i < 4 ? row.codes[0].x : row.codes[0].y, i % 4), own);
+        m[i] = look_up(LEVELS(0), row_of(row.codes[0], i), own);
 #if RULE == 0
-        v[i] = look_up(LEVELS(1), row_of(i < 4 ? row.codes[1].x : row.codes[1].y, i % 4), own);
+        v[i] = look_up(LEVELS(1), row_of(row.codes[1], i), own);
 #endif
         float p = element(row.p, i);
         step(p, element(row.g, i), m[i], v[i], n, m_scale, v_scale);
@@ -310,23 +349,53 @@ __device__ __forceinline__ void fast_block(const Row& row, const Tensor& t, u32 
     u8* p = (u8*)t.p + (unsigned long long)at * (PACKED * 4);
 #pragma unroll
     for (int i = 0; i < PACKED / 4; ++i) store16(p + 16 * i, *(uint4*)(out + 4 * i));
-    m_max = warp_max(m_max);
-    store8((u8*)t.state[0] + (unsigned long long)at * 8, encode_row<0>(m, m_max, own));
-    if (lane == 0) store4((u8*)t.absmax[0] + (unsigned long long)block * 4, m_max);
+    m_max = block_max(m_max);
+    store_codes(t.state[0], at, encode_row<0>(m, m_max, own));
+    if (lane % LANES == 0) store4(absmax_of(t.absmax[0], block, lane), m_max);
 #if RULE == 0
-    v_max = warp_max(v_max);
-    store8((u8*)t.state[1] + (unsigned long long)at * 8, encode_row<1>(v, v_max, own));
-    if (lane == 0) store4((u8*)t.absmax[1] + (unsigned long long)block * 4, v_max);
+    v_max = block_max(v_max);
+    store_codes(t.state[1], at, encode_row<1>(v, v_max, own));
+    if (lane % LANES == 0) store4(absmax_of(t.absmax[1], block, lane), v_max);
 #endif
 }
 
-// The same for float32 states, the last block of a tensor, and pointers off 16 bytes: lane l takes elements l, l + 32, ...
+// The code of one element of few bits.
+template <int STATE>
+__device__ __forceinline__ float decode_one(const Tensor& t, u32 block, long long at, int half, u32 own) {
+    u32 code = ((const u8*)t.state[STATE])[BITS == 8 ? at : at / 2];
+    if (BITS == 4) code = at % 2 ? code & 15u : code >> 4;
+    return look_up(LEVELS(STATE), code << ROW_SHIFT, own) * t.absmax[STATE][(unsigned long long)block * HALVES + half];
+}
+
+// Writes one element's code; with 4 bits the lane of an even element writes its neighbour's too.
+template <int STATE>
+__device__ __forceinline__ void encode_one(const Tensor& t, long long at, float x, float absmax, u32 own) {
+    u32 code = absmax <= 3.4e38f && at < t.elements ? encode<STATE>(fminf(x * inverse_of(absmax), 1.f), own) : 0;
+    u8* state = (u8*)t.state[STATE];
+    if (BITS == 8) {
+        if (at < t.elements) state[at] = code;
+    } else {
+        u32 next = __shfl_down_sync(0xffffffffu, code, 1);
+        if (at % 2 == 0 && at < t.elements) state[at / 2] = code << 4 | next;
+    }
+}
+
+// The warp's largest value, which no lane's half matters to.
+__device__ __forceinline__ float warp_max(float x) {
+    u32 bits = __float_as_uint(x);
+    for (int step = 16; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
+    return bits <= __float_as_uint(3.4e38f) ? __uint_as_float(bits) : __int_as_float(0x7fffffff);
+}
+
+// The same for float32 states, the last elements of a tensor, and pointers off 16 bytes: lane l takes elements l, l + 32,
+// ..., so that with 4 bits the first four are of the first block.
 __device__ __noinline__ void slow_block(const Tensor& t, u32 block, int lane) {
     const u32 own = (lane & (REPLICAS - 1)) * 4;
     const bool wide = t.wide;
-    float m[8], v[8], m_max = 0.f, v_max = 0.f;
+    float m[8], v[8], m_max[HALVES] = {}, v_max[HALVES] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
+        const int half = i * HALVES / 8;
         long long at = (long long)block * BLOCK + i * 32 + lane;
         m[i] = v[i] = 0.f;
         if (at >= t.elements) continue;
@@ -336,50 +405,54 @@ __device__ __noinline__ void slow_block(const Tensor& t, u32 block, int lane) {
             m[i] = ((float*)t.state[0])[at];
             if (RULE == 0) v[i] = ((float*)t.state[1])[at];
         } else {
-            m[i] = look_up(LEVELS(0), row_of(((u8*)t.state[0])[at], 0), own) * t.absmax[0][block];
+            m[i] = decode_one<0>(t, block, at, half, own);
 #if RULE == 0
-            v[i] = look_up(LEVELS(1), row_of(((u8*)t.state[1])[at], 0), own) * t.absmax[1][block];
+            v[i] = decode_one<1>(t, block, at, half, own);
 #endif
         }
         step(p, g, m[i], v[i], t.numbers, m_beta(t.numbers), t.numbers.beta2);
         if (sizeof(Param) == 2) ((unsigned short*)t.p)[at] = narrow(p);
         else ((u32*)t.p)[at] = narrow(p);
-        m_max = larger(m_max, m[i]);
-        v_max = larger(v_max, v[i]);
+        m_max[half] = larger(m_max[half], m[i]);
+        v_max[half] = larger(v_max[half], v[i]);
     }
-    m_max = warp_max(m_max);
-    v_max = warp_max(v_max);
-    float m_scale = inverse_of(m_max), v_scale = inverse_of(v_max);
-    if (!(m_max <= 3.4e38f)) m_max = __int_as_float(0x7fffffff);
-    if (!(v_max <= 3.4e38f)) v_max = __int_as_float(0x7fffffff);
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+        m_max[half] = warp_max(m_max[half]);
+        v_max[half] = warp_max(v_max[half]);
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
+        const int half = i * HALVES / 8;
         long long at = (long long)block * BLOCK + i * 32 + lane;
-        if (at >= t.elements) continue;
-        if (wide) {
+        if (!wide) {
+            encode_one<0>(t, at, m[i], m_max[half], own);
+#if RULE == 0
+            encode_one<1>(t, at, v[i], v_max[half], own);
+#endif
+        } else if (at < t.elements) {
             ((float*)t.state[0])[at] = m[i];
             if (RULE == 0) ((float*)t.state[1])[at] = v[i];
-        } else {
-            ((u8*)t.state[0])[at] = m_max == m_max ? encode<0>(fminf(m[i] * m_scale, 1.f), own) : 0;
-#if RULE == 0
-            ((u8*)t.state[1])[at] = v_max == v_max ? encode<1>(fminf(v[i] * v_scale, 1.f), own) : 0;
-#endif
         }
     }
-    if (lane == 0 && !wide) {
-        t.absmax[0][block] = m_max;
-        if (RULE == 0) t.absmax[1][block] = v_max;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+        unsigned long long at = (unsigned long long)block * HALVES + half;
+        if (lane != 0 || wide || at * (BLOCK / HALVES) >= t.elements) continue;
+        t.absmax[0][at] = m_max[half];
+        if (RULE == 0) t.absmax[1][at] = v_max[half];
     }
 }
 
 // Ask L2 for a later block of the same tensor: its lines of 128 bytes of p, g and each state, one a lane.
 __device__ __forceinline__ void fetch(const Tensor& t, int at, int lane) {
-    const int lines = BLOCK * sizeof(Param) / 128;
-    if (at >= t.fast_end || lane >= 2 * lines + 2 * STATES) return;
+    const int lines = BLOCK * sizeof(Param) / 128, code_lines = BLOCK * BITS / 8 / 128;
+    if (at >= t.fast_end || lane >= 2 * lines + code_lines * STATES) return;
     const unsigned long long block = at - t.begin;
     const u8* line = lane < lines       ? (const u8*)t.p + block * (BLOCK * sizeof(Param)) + lane * 128
                      : lane < 2 * lines ? (const u8*)t.g + block * (BLOCK * sizeof(Param)) + (lane - lines) * 128
-                                        : (const u8*)t.state[(lane - 2 * lines) / 2] + block * BLOCK + lane % 2 * 128;
+                                        : (const u8*)t.state[(lane - 2 * lines) / code_lines] +
+                                              block * (BLOCK * BITS / 8) + lane % code_lines * 128;
     asm volatile("prefetch.global.L2 [%0];" :: "l"(__cvta_generic_to_global(line)));
 }
 
