@@ -1,4 +1,4 @@
-"""Times one AdamW step over 2^28 bf16 parameters: ours in 8 and 4 bits, bitsandbytes', torch's fused one, and a plain copy.
+"""Times an AdamW step over 2^28 bf16 parameters: ours in 8 and 4 bits, bitsandbytes', torch's fused one, a plain copy.
 
     python bench/optim_step.py rows.json COMMIT
 
@@ -14,7 +14,7 @@ import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,35 +76,35 @@ def copy_row() -> dict[str, Any]:
     return {"op": "copy", "kernel": "torch", "bytes": 2 * source.nbytes} | took
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> Iterator[dict[str, Any]]:
     one, copied = [(2**14, 2**14)], copy_row()
-    found = [copied]
+    yield copied
     makers: dict[str, Callable[[list[nn.Parameter]], Any]] = {
         "lowbit AdamW8bit": AdamW8bit,
         "lowbit Lion8bit": Lion8bit,
         "lowbit SGD8bit": SGD8bit,
-        "lowbit AdamW4bit": AdamW4bit,
         "torch AdamW fused, bf16 states": lambda made: torch.optim.AdamW(made, fused=True),
     }
     if importlib.util.find_spec("bitsandbytes"):
         bnb = importlib.import_module("bitsandbytes")
         makers |= {"bitsandbytes AdamW8bit": bnb.optim.AdamW8bit, "bitsandbytes Lion8bit": bnb.optim.Lion8bit}
+    makers["lowbit AdamW4bit"] = AdamW4bit
     for shapes in (one, MANY):
         for name, make in makers.items():
             row = timed(name, make, shapes)
             if name == "lowbit AdamW8bit":
                 for ms, share in (("ms", "share of copy"), ("ms of ten in a row", "share of copy in a row")):
                     row[share] = STEP_BYTES * row["parameters"] / row[ms] * copied[ms] / copied["bytes"]
-            found.append(row)
-    return found
+            yield row
 
 
 def main() -> None:
-    found = rows()
-    for row in found:
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
-    place = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": sys.argv[2], "rows": found}
-    Path(sys.argv[1]).write_text(json.dumps(place, indent=1) + "\n")
+    place = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": sys.argv[2]}
+    found: list[dict[str, Any]] = []
+    for row in rows():
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        found.append(row)
+        Path(sys.argv[1]).write_text(json.dumps(place | {"rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
