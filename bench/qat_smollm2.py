@@ -142,41 +142,59 @@ def learned(
     return train(Capturable(student), text, Teacher(Capturable(teacher)), optimizer, loop, None, progress).losses, times
 
 
+class Rows:
+    """The rows of one run: printed and written as they come."""
+
+    def __init__(self, options: argparse.Namespace, reference: judge.Reference) -> None:
+        self.out, self.reference, self.rows = options.out, reference, list[dict[str, Any]]()
+        self.common = {
+            "model": "SmolLM2-135M-Instruct, permuted", "scheme": options.scheme,
+            "device": _device_name(torch.device(options.device)), "torch": torch.__version__, "commit": options.commit,
+        }  # fmt: skip
+
+    def add(self, row: dict[str, Any], model: PreTrainedModel) -> None:
+        self.rows.append(self.common | row | judged(model, self.reference))
+        _show(self.rows[-1])
+        self.out.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+
+
+def trained_row(
+    start: PreTrainedModel, teacher: PreTrainedModel, text: Tensor, seed: int, budget: float,
+    options: argparse.Namespace,
+) -> tuple[dict[str, Any], PreTrainedModel]:  # fmt: skip
+    """A row's settings and times, and the quantized model that training from `start` gave; start is used up."""
+    student, clock = student_of(start), time.perf_counter()
+    losses, times = learned(student, teacher, text, seed, budget, options)
+    seconds = time.perf_counter() - clock
+    plain_blocks(student)
+    row = {
+        "seed": seed, "method": f"qat, self-distillation from {options.start}", "steps": len(losses),
+        "batch": options.batch, "tokens": len(losses) * options.batch * T, "lr": options.lr,
+        "scale_lr": options.lr * options.scale_rate, "graphed": options.graphed, "compiled": options.compile,
+        "seconds": seconds, "first_step_seconds": times[0],
+        "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1),
+        "peak_bytes": torch.cuda.max_memory_allocated() if options.device == "cuda" else 0,
+        "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
+    }  # fmt: skip
+    return row, qat.convert(student).to(torch.float32)
+
+
 def main() -> None:
     options = arguments()
     device, text = torch.device(options.device), training_text(options.tokens)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(device)
-    reference = judge.Reference.of(base, stored(options.evaluation, options.windows))
-    common = {"scheme": options.scheme, "device": _device_name(device), "batch": options.batch,
-              "torch": torch.__version__, "commit": options.commit, "model": "SmolLM2-135M-Instruct, permuted"}  # fmt: skip  # noqa: E501
-    rows: list[dict[str, Any]] = []
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(common | row)
-        _show(rows[-1])
-        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
+    rows = Rows(options, judge.Reference.of(base, stored(options.evaluation, options.windows)))
     for method in dict.fromkeys(["rtn", "gptq", options.start]):
         clock = time.perf_counter()
         start = solved(base, method, options)
-        add({"method": method, "seconds": time.perf_counter() - clock} | judged(start, reference))
+        rows.add({"method": method, "seconds": time.perf_counter() - clock}, start)
     teacher = copy.deepcopy(base).to(torch.bfloat16)
     frozen([teacher])
     for done, seed in enumerate(options.seeds):
-        left = options.end - time.time() - JUDGING * (len(options.seeds) - done)
-        budget = max(1.0, left / (len(options.seeds) - done)) if options.end else options.seconds
-        student, clock = student_of(copy.deepcopy(start)), time.perf_counter()
-        losses, times = learned(student, teacher, text, seed, budget, options)
-        seconds = time.perf_counter() - clock
-        plain_blocks(student)
-        add({
-            "seed": seed, "method": f"qat, self-distillation from {options.start}", "steps": len(losses),
-            "tokens": len(losses) * options.batch * T, "lr": options.lr, "scale_lr": options.lr * options.scale_rate,
-            "graphed": options.graphed, "compiled": options.compile, "seconds": seconds,
-            "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1), "first_step_seconds": times[0],
-            "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
-            "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
-        } | judged(qat.convert(student).to(torch.float32), reference))  # fmt: skip
+        runs = len(options.seeds) - done
+        left = max(1.0, (options.end - time.time()) / runs - JUDGING)
+        budget = left if options.end else options.seconds
+        rows.add(*trained_row(copy.deepcopy(start), teacher, text, seed, budget, options))
 
 
 def _parts(losses: list[float], size: int) -> list[list[float]]:
