@@ -34,13 +34,12 @@ from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
 from lowbit.observe.tokens import Tokens
 from lowbit.train import qat
-from lowbit.train.compiled import compile_blocks, plain_blocks
 from lowbit.train.distill import Teacher, frozen
 from lowbit.train.graph import Capturable
 from lowbit.train.loop import LoopOptions, train
 
 T, MOST_STEPS, WARMUP = 1024, 10**6, 50
-JUDGING = 40.0  # seconds kept for it where --end is given
+JUDGING = 12.0  # seconds kept for it where --end is given
 
 
 def arguments() -> argparse.Namespace:
@@ -56,7 +55,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
     parser.add_argument("--graphed", action="store_true", help="each step is a replayed CUDA graph")
     parser.add_argument("--end", type=float, default=0.0, help="instead of --seconds: the epoch's second to be done by")
     parser.add_argument("--calibration", required=True)
@@ -124,10 +122,6 @@ def learned(
     options: argparse.Namespace,
 ) -> tuple[list[float], list[float]]:
     """(losses, seconds after which each step had ended)."""
-    if options.compile:
-        compile_blocks(student)
-        plain_blocks(teacher)
-        compile_blocks(teacher)
     optimizer = optimizer_of(student, options.lr, options.scale_rate)
     loop = LoopOptions(
         MOST_STEPS, options.batch, WARMUP, seed=seed, diverged=5.0, graphed=options.graphed, seconds=budget
@@ -166,12 +160,10 @@ def trained_row(
     student, clock = student_of(start), time.perf_counter()
     losses, times = learned(student, teacher, text, seed, budget, options)
     seconds = time.perf_counter() - clock
-    plain_blocks(student)
     row = {
         "seed": seed, "method": f"qat, self-distillation from {options.start}", "steps": len(losses),
         "batch": options.batch, "tokens": len(losses) * options.batch * T, "lr": options.lr,
-        "scale_lr": options.lr * options.scale_rate, "graphed": options.graphed, "compiled": options.compile,
-        "seconds": seconds, "first_step_seconds": times[0],
+        "scale_lr": options.lr * options.scale_rate, "graphed": options.graphed, "seconds": seconds, "first_step_seconds": times[0],
         "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1),
         "peak_bytes": torch.cuda.max_memory_allocated() if options.device == "cuda" else 0,
         "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
