@@ -163,7 +163,8 @@ def trained_row(
     row = {
         "seed": seed, "method": f"qat, self-distillation from {options.start}", "steps": len(losses),
         "batch": options.batch, "tokens": len(losses) * options.batch * T, "lr": options.lr,
-        "scale_lr": options.lr * options.scale_rate, "graphed": options.graphed, "seconds": seconds, "first_step_seconds": times[0],
+        "scale_lr": options.lr * options.scale_rate, "graphed": options.graphed,
+        "seconds": seconds, "first_step_seconds": times[0],
         "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1),
         "peak_bytes": torch.cuda.max_memory_allocated() if options.device == "cuda" else 0,
         "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
