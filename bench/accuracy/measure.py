@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--commit", help="of the code, written into every row")
     parser.add_argument("--part", default="0/1", help="I/N: of the recipes only those whose number is I modulo N")
     return parser.parse_args()
 
@@ -134,7 +135,7 @@ def main() -> None:
               flush=True)  # fmt: skip
         rows.append(row | found | {
             "calibration": tokens.hash, "evaluation": held_out.hash, "device": device_name(device),
-            "torch": torch.__version__, "windows": [round(value, 6) for value in kld.tolist()],
+            "torch": torch.__version__, "commit": options.commit, "windows": [round(value, 6) for value in kld.tolist()],
         })  # fmt: skip
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
         del model

@@ -23,16 +23,16 @@ class Learning:
     """steps of `windows` windows each; rates are the first step's, falling linearly to zero.
 
     rate moves codes, in steps of the grid; the other rates are relative: of the weights' scales (gain_rate), of norms,
-    and of static activations' scales (input_rate). held_out: windows that
-    judge, fewer where there are few. stored: the dtype in which norms will be written.
+    and of static activations' scales (input_rate). held_out: windows that judge, fewer where there are few. stored: the
+    dtype in which norms will be written.
     """
 
-    steps: int = 300
+    steps: int = 450
     windows: int = 4
-    rate: float = 0.005
-    gain_rate: float = 0.0005
+    rate: float = 0.01
+    gain_rate: float = 0.002
     norm_rate: float = 0.0005
-    input_rate: float = 0.002
+    input_rate: float = 0.004
     held_out: int = 8
     checks: int = 10
     sign: bool = False
