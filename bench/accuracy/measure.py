@@ -135,7 +135,8 @@ def main() -> None:
               flush=True)  # fmt: skip
         rows.append(row | found | {
             "calibration": tokens.hash, "evaluation": held_out.hash, "device": device_name(device),
-            "torch": torch.__version__, "commit": options.commit, "windows": [round(value, 6) for value in kld.tolist()],
+            "torch": torch.__version__, "commit": options.commit,
+            "windows": [round(value, 6) for value in kld.tolist()],
         })  # fmt: skip
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
         del model
