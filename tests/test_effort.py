@@ -127,11 +127,11 @@ def test_efforts_that_do_not_exist_are_refused_and_other_formats_have_one_rung()
 @pytest.mark.parametrize(
     ("scheme", "methods"),
     [
-        ("w4a8-g16", ["rtn", "rtn-weighted", "aligned", "chosen", "learned"]),
-        ("w8a8", ["rtn", "rtn-weighted", "smooth", "rotate", "smooth and learning"]),
-        ("w8a8-static", ["rtn", "rtn-weighted", "smooth", "rotate", "smooth and learning"]),
-        ("int8-t6", ["rtn", "rtn-weighted", "gptq", "gptq and learning"]),
-        ("w4a4-g16", ["rtn", "rtn-weighted", "rotate", "rotate and learning"]),
+        ("w4a8-g16", ["rtn", "rtn-weighted", "aligned", "chosen", "learning"]),
+        ("w8a8", ["rtn", "rtn-weighted", "smooth", "rotate", "learning"]),
+        ("w8a8-static", ["rtn", "rtn-weighted", "smooth", "rotate", "learning"]),
+        ("int8-t6", ["rtn", "rtn-weighted", "gptq", "learning"]),
+        ("w4a4-g16", ["rtn", "rtn-weighted", "rotate", "learning"]),
         ("nvfp4", ["rtn", "aligned", "chosen"]),
     ],
 )
@@ -142,9 +142,22 @@ def test_every_kind_of_scheme_climbs_its_own_ladder_on_a_real_run(scheme: str, m
     model, reference = _original(), judge.Reference.of(_original(), Tokens(IDS[-2:], "kept apart"))
     outcome = effort.run(model, _job(model, recipe), IDS)
     said = [line for line in outcome.log.notes + outcome.log.warnings if "kept apart" in line and "reached" in line]
-    found = re.findall(r"effort \d \(([^)]*)\) reached KL (\d+\.\d+)", said[0])
+    found = re.findall(r"effort \d \((\S+?)(?:, from effort \d)?\) reached KL (\d+\.\d+)", said[0])
     assert [name for name, _ in reversed(found)] == methods
     assert judge.fidelity(model, reference).kld == pytest.approx(min(float(kld) for _, kld in found), abs=6e-5)
+
+
+def test_learning_begins_from_the_closest_rung_below() -> None:
+    recipe = dataclasses.replace(recipe_at(SCHEME, 4), learning=Learning(steps=30, windows=2, checks=6, rate=0.02))
+    model = _original()
+    outcome = effort.run(model, _job(model, recipe), IDS)
+    said = [*outcome.log.notes, *outcome.log.warnings]
+    rungs = re.findall(r"effort (\d) \(\w[\w-]*\) reached KL (\d\.\d+)", " ".join(said))
+    klds = {level: float(kld) for level, kld in rungs}
+    start = min(klds, key=lambda level: (klds[level], -int(level)))
+    assert any(f"effort 4 (learning, from effort {start}) reached KL" in line for line in said)
+    before = next(float(found[1]) for line in said if (found := re.search(r"apart from (\d\.\d+) to", line)))
+    assert before == pytest.approx(klds[start], rel=0.05)  # it counts the last token too
 
 
 def test_a_rung_that_does_not_apply_to_the_model_is_passed_over_and_named() -> None:

@@ -2,11 +2,13 @@
 
 A recipe that came from `--effort` keeps some calibration windows apart. The rungs below are run too, on copies of the
 model; all are judged by KL on the windows kept apart, and the lowest stays. The report says which, and the numbers.
+A rung that learns begins from the closest of the rungs below it.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,33 +49,57 @@ def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
     model.to(job.device)  # type: ignore[arg-type]
     reference = judge.Reference.of(model, held_out)
     model.to("cpu")  # type: ignore[arg-type]
-    best: tuple[float, PreTrainedModel, Outcome] | None = None
+    best: _Reached | None = None
     words: list[str] = []
     below: list[list[LayerRecord]] = []
     for recipe in (*rungs_below(job.recipe), job.recipe):
         other = copy.deepcopy(model) if recipe is not job.recipe else model
+        outcome, name = Outcome(recipe, LayerLog(recipe, job.scale_dtype)), name_of(recipe)
         try:
-            log = _run_one(other, replace(job, recipe=recipe), ids, apart)
+            if recipe.learning is not None and best is not None:
+                name = f"effort {recipe.effort} (learning, from effort {best.outcome.recipe.effort})"
+                outcome = _learn_on(other, best, replace(job, recipe=recipe), ids, apart)
+            else:
+                outcome = Outcome(recipe, _run_one(other, replace(job, recipe=recipe), ids, apart))
         except MethodError as error:
-            words.insert(0, f"{name_of(recipe)} does not apply ({error})")
+            words.insert(0, f"{name} does not apply ({error})")
         else:
-            below.append(log.records)
-            reached = _distance(other, reference)
-            words.insert(0, f"{name_of(recipe)} reached KL {reached:.4f}")
-            if best is None or reached <= best[0]:
-                best = reached, other, Outcome(recipe, log)
+            below.append(outcome.log.records)
+            kld = _distance(other, reference)
+            words.insert(0, f"{name} reached KL {kld:.4f}")
+            if best is None or kld <= best.kld:
+                best = _Reached(kld, other, outcome)
         finally:
             del other  # one copy less while the next rung makes its own
     assert best is not None  # rounding applies to every model
-    outcome, said = best[2], f"on {apart} windows kept apart: {', '.join(words)}"
-    if best[1] is not model:
-        _become(model, best[1])
+    outcome, said = best.outcome, f"on {apart} windows kept apart: {', '.join(words)}"
+    if best.model is not model:
+        _become(model, best.model)
         outcome.log.warnings.append(f"{said}; effort {outcome.recipe.effort} was kept")
         return outcome
     outcome.log.notes.append(said)
     for records in below[:-1]:
         outcome.log.records = with_lower_run(outcome.log.records, records)
     return outcome
+
+
+class _Reached(NamedTuple):
+    """A rung's model, and its KL on the windows kept apart."""
+
+    kld: float
+    model: PreTrainedModel
+    outcome: Outcome
+
+
+def _learn_on(model: PreTrainedModel, start: _Reached, job: Job, ids: Tensor, apart: int) -> Outcome:
+    """Make `model`, the original, what learning makes of `start`, judged on the last `apart` windows of ids."""
+    assert job.recipe.learning is not None
+    learning = replace(job.recipe.learning, held_out=apart)
+    original = copy.deepcopy(model)
+    _become(model, copy.deepcopy(start.model))
+    log = copy.deepcopy(start.outcome.log)
+    _learn(model, original, job, ids, learning, log)
+    return Outcome(replace(start.outcome.recipe, learning=learning, effort=job.recipe.effort), log)
 
 
 def _distance(model: PreTrainedModel, reference: judge.Reference) -> float:
@@ -85,7 +111,7 @@ def _distance(model: PreTrainedModel, reference: judge.Reference) -> float:
 
 
 def _run_one(model: PreTrainedModel, job: Job, ids: Tensor | None, apart: int = 0) -> LayerLog:
-    """Solve on all but the last `apart` windows of ids; learning, if there is any, is judged on these."""
+    """Solve on all but the last `apart` windows of ids, on which learning is judged, if there is any."""
     learning = job.recipe.learning
     if learning is not None and ids is not None:
         apart = apart or learning.apart(len(ids))

@@ -1,11 +1,13 @@
 """What the rungs of --effort mean, by what a scheme rounds. A level that a ladder does not list is the one below it.
 
-    weights alone             rtn, rtn-weighted, aligned, chosen, learned
-    activations in 8 bits     rtn, rtn-weighted, smooth, rotate (offline), smooth then learning
-    activations in 4 bits     rtn, rtn-weighted, rotate, then learning                       from effort 2 rotated
-    LLM.int8()                rtn, rtn-weighted, gptq, then learning       outliers leave smoothing little to do
-    nvfp4, mxfp4              rtn, aligned, chosen
+    weights alone             rtn, rtn-weighted, aligned, chosen, learning
+    activations in 8 bits     rtn, rtn-weighted, smooth, rotate (offline), learning
+    activations in 4 bits     rtn, rtn-weighted, rotate, -, learning
+    LLM.int8()                rtn, rtn-weighted, gptq, -, learning      outliers leave smoothing little to do
+    nvfp4, mxfp4              rtn, -, aligned, chosen
     nf4, fp4, fp8             rtn
+
+Learning begins from the closest of the rungs below; the method of its rung is what it does where there is none.
 
 Weights in fewer than 8 bits lose more than activations in 8, so w4a8 climbs the first ladder. What each rung reaches
 stands in docs/accuracy.md.
@@ -79,5 +81,4 @@ def rungs_below(recipe: Recipe) -> list[Recipe]:
 
 def name_of(recipe: Recipe) -> str:
     """The rung in words, for reports."""
-    learns = recipe.learning is not None and recipe.method != "learned"
-    return f"effort {recipe.effort} ({recipe.method}{' and learning' * learns})"
+    return f"effort {recipe.effort} ({recipe.method})"
