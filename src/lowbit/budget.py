@@ -52,8 +52,8 @@ class Budget:
             )
         if self.bits is not None and storage_of(scheme) != "packed":
             raise InputError(
-                f"{scheme} stores each code in 8 bits whatever its width, so --bits has nothing to spread; use a scheme "
-                "of weights alone, such as w4a16-g64, or --max-kld"
+                f"{scheme} stores each code in 8 bits whatever its width, so --bits has nothing to spread; use "
+                "a scheme of weights alone, such as w4a16-g64, or --max-kld"
             )
         if wrong := [bits for bits in self.candidates if bits not in INT_BITS]:
             raise InputError(f"a code can't have {wrong[0]} bits; give candidates from 2 to 8")
