@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lowbit.observe.blocks import Block, hidden_states
 from lowbit.observe.capture import mapped
 
+FUSED = (1, 2, 3)  # a projection alone; gate and up; queries, keys and values of as many heads
 TOLERANCE = 1e-3  # relative, float32: sums in another order; bfloat16 gets 16 times that
 
 
@@ -60,14 +61,14 @@ def find_writer(block: Block, readers: Sequence[str], linears: Sequence[str]) ->
 
 def _candidates(module: nn.Module, readers: Sequence[str], linears: Sequence[str], width: int) -> list[Writer]:
     """Norms and linears of the right width; those registered last come first, as they stand nearer in most blocks."""
-    found = []
+    found, fused = [], [width * parts for parts in FUSED]
     for name, part in module.named_modules():
         weight = getattr(part, "weight", None)
         if not isinstance(weight, Tensor) or name in readers:
             continue
         if weight.dim() == 1 and weight.shape[0] == width:
             found += [Writer(name, "scale"), Writer(name, "one plus")]
-        elif name in linears and isinstance(part, nn.Linear) and part.out_features >= width:
+        elif name in linears and isinstance(part, nn.Linear) and part.out_features in fused:
             starts = dict.fromkeys((part.out_features - width, 0))  # the last rows first: up stands behind gate
             found += [Writer(name, "rows", first) for first in starts]
     return found
