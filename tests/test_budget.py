@@ -184,6 +184,10 @@ def test_skipping_layers_reaches_what_bits_alone_can_not(place: Path) -> None:
     [
         (["--bits", "2.5", "--scheme", "w4a16-g16"], "2.5 bits a weight can't be reached: the least is 3.000"),
         (["--bits", "4", "--scheme", "nf4-b64"], "a budget spreads the bits of integer weights, and nf4-b64 has none"),
+        (
+            ["--bits", "4", "--scheme", "w4a8-g16"],
+            "w4a8-g16 stores each code in 8 bits whatever its width, so",
+        ),
         (["--bits", "4", "--candidates", "1,4"], "a code can't have 1 bits; give candidates from 2 to 8"),
         (["--bits", "4", "--candidates", "w3"], "--candidates 'w3' is not a list of bits such as 3,4,6"),
     ],

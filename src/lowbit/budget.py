@@ -27,6 +27,7 @@ from lowbit.model.select import Selection
 from lowbit.numerics.formats import INT_BITS, int_format
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.report import BudgetRecord, Report, TradeOff
+from lowbit.tensors import storage_of
 from lowbit.tradeoff import Table, average_bits, check_reachable, measured_table
 
 MARGIN = 0.9  # a new run aims at this share of the gate: costs do not add up exactly
@@ -48,6 +49,11 @@ class Budget:
         if scheme.weights.format.kind != "int":
             raise InputError(
                 f"a budget spreads the bits of integer weights, and {scheme} has none; use w4a16-g64 or its kin"
+            )
+        if self.bits is not None and storage_of(scheme) != "packed":
+            raise InputError(
+                f"{scheme} stores each code in 8 bits whatever its width, so --bits has nothing to spread; use "
+                "a scheme of weights alone, such as w4a16-g64, or --max-kld"
             )
         if wrong := [bits for bits in self.candidates if bits not in INT_BITS]:
             raise InputError(f"a code can't have {wrong[0]} bits; give candidates from 2 to 8")

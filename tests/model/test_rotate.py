@@ -59,6 +59,17 @@ def test_a_rotated_model_computes_the_same(model_type: str, options: Rotation) -
     assert done.heads == 3
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])
+def test_models_in_16_bits_turn_as_well(model_type: str) -> None:
+    """As they stand on a GPU. Their weights are rounded once more, so their logits are not quite the same."""
+    model = tiny(model_type).bfloat16()
+    before = _logits(model).float()
+    done = rotate_model(model, Rotation(online="writers"), _linears(model))
+    assert done.heads == 3
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert (_logits(model).float() - before).norm() < 0.05 * before.norm()
+
+
 def test_rows_and_columns_of_a_llama_turn_as_its_definition_says() -> None:
     original = tiny("llama")
     model = copy.deepcopy(original)

@@ -9,14 +9,18 @@ and so does a router that reads the same norm, unless it is named among the read
 Readers are linears, or parameters [N, K] or [E, N, K]: a router's, those of experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.observe.blocks import Block, hidden_states
+from lowbit.observe.capture import mapped
 
+FUSED = (1, 2, 3)  # a projection alone; gate and up; queries, keys and values of as many heads
 TOLERANCE = 1e-3  # relative, float32: sums in another order; bfloat16 gets 16 times that
 
 
@@ -44,26 +48,27 @@ def find_writer(block: Block, readers: Sequence[str], linears: Sequence[str]) ->
     """The writer of the input that these readers share, or None. linears: those that may be writers themselves."""
     width = matrix(block.module, readers[0]).shape[-1]
     test = torch.linspace(0.8, 1.25, width, device=block.device)
-    before = output_of(block)
-    for writer in _candidates(block.module, readers, linears, width):
-        undo = fold(block.module, writer, readers, test)
-        same = is_close(output_of(block), before)
-        undo()
-        if same:
-            return writer
+    with in_float32(block):
+        before = output_of(block)
+        for writer in _candidates(block.module, readers, linears, width):
+            undo = fold(block.module, writer, readers, test)
+            same = is_close(output_of(block), before)
+            undo()
+            if same:
+                return writer
     return None
 
 
 def _candidates(module: nn.Module, readers: Sequence[str], linears: Sequence[str], width: int) -> list[Writer]:
     """Norms and linears of the right width; those registered last come first, as they stand nearer in most blocks."""
-    found = []
+    found, fused = [], [width * parts for parts in FUSED]
     for name, part in module.named_modules():
         weight = getattr(part, "weight", None)
         if not isinstance(weight, Tensor) or name in readers:
             continue
         if weight.dim() == 1 and weight.shape[0] == width:
             found += [Writer(name, "scale"), Writer(name, "one plus")]
-        elif name in linears and isinstance(part, nn.Linear) and part.out_features >= width:
+        elif name in linears and isinstance(part, nn.Linear) and part.out_features in fused:
             starts = dict.fromkeys((part.out_features - width, 0))  # the last rows first: up stands behind gate
             found += [Writer(name, "rows", first) for first in starts]
     return found
@@ -109,12 +114,34 @@ def representable(module: nn.Module, writer: Writer, scales: Tensor, dtype: torc
     return torch.where(usable, gain / torch.where(usable, rounded, 1), 1.0)
 
 
+@contextmanager
+def in_float32(block: Block) -> Iterator[None]:
+    """The block in float32, for the time of the context: 16 bits can't tell a writer (1e-2) from what is none."""
+    parameters = [parameter for parameter in block.module.parameters() if parameter.dtype.itemsize < 4]
+    stored = [parameter.dtype for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in zip(parameters, stored, strict=True):
+            parameter.data = parameter.data.to(dtype)
+
+
+Arguments = tuple[tuple, dict[str, Any]]
+
+
 @torch.no_grad()
-def output_of(block: Block) -> Tensor:
-    args, kwargs = block.arguments(0)
-    return hidden_states(block.module(*args, **kwargs)).float()
+def output_of(block: Block, change: Callable[[tuple, dict[str, Any]], Arguments] | None = None) -> Tensor:
+    """The block's output for the first batch, in the dtype of its weights; `change` is done to its arguments first."""
+    dtype = next(block.module.parameters()).dtype
+    args, kwargs = mapped(block.arguments(0), lambda x: x.to(dtype) if x.is_floating_point() else x)
+    if change is not None:
+        args, kwargs = change(args, kwargs)
+    return hidden_states(block.module(*args, **kwargs))
 
 
-def is_close(a: Tensor, b: Tensor) -> bool:
+def is_close(a: Tensor, b: Tensor, factor: float = 1.0) -> bool:
+    """Whether a and b differ by sums in another order: relative to b by `factor` times what one fold may."""
     bound = TOLERANCE if torch.finfo(a.dtype).eps < 1e-4 else 16 * TOLERANCE
-    return bool((a - b).norm() <= bound * b.norm())
+    return bool((a.float() - b.float()).norm() <= factor * bound * b.float().norm())

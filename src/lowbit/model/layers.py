@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lowbit.algorithms.choose import solve_best
+from lowbit.algorithms.choose import Moments, choose_rows, solve_chosen
 from lowbit.algorithms.correction import corrected_bias
 from lowbit.algorithms.gptaq import solve_gptaq, solve_qronos
 from lowbit.algorithms.solution import Solution
@@ -126,10 +126,23 @@ def _solved(
         return solve(w, moment, seen.shift, scheme.weights, log.scale_dtype, recipe.gptq), recipe.method
     if recipe.method != "chosen" or observed.held_out is None or observed.held_out.moment is None:
         return log.solve(seen.aim(w, recipe.correction), scheme, moment, name)
-    held_out = observed.held_out.moments(observed.held_out.moment.value)
-    options = [(recipe.gptq, replace(recipe.correction, strength=s, residual=r)) for s, r in CANDIDATES]
-    columns = columns_for(w.device)
-    return solve_best(w, seen, held_out, scheme.weights, log.scale_dtype, options, columns), recipe.method
+    return _solved_by_choice(w, scheme, observed, seen, log), recipe.method
+
+
+def _solved_by_choice(w: Tensor, scheme: QuantScheme, observed: Statistics, seen: Moments, log: LayerLog) -> Solution:
+    """w [N, K], each row by the best of CANDIDATES; they are compared before polishing, which serves all alike."""
+    recipe, kept = log.recipe, observed.held_out
+    assert recipe.correction is not None
+    assert kept is not None
+    assert kept.moment is not None
+    held_out = kept.moments(kept.moment.value)
+    corrections = [replace(recipe.correction, strength=s, residual=r) for s, r in CANDIDATES]
+    rough = [(replace(recipe.gptq, polish=0), correction) for correction in corrections]
+    columns, dtype = columns_for(w.device), log.scale_dtype
+    choice = choose_rows(w, seen, held_out, scheme.weights, dtype, rough, columns)
+    whole = seen.joined(held_out, observed.tokens / (observed.tokens + kept.tokens))
+    candidates = [(recipe.gptq, correction) for correction in corrections]
+    return solve_chosen(w, whole, choice, scheme.weights, dtype, candidates, columns)
 
 
 def _static_grid(

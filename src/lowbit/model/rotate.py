@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from lowbit.algorithms.rotate import rotate_columns, rotate_rows
 from lowbit.errors import MethodError
 from lowbit.model.aligned import residual_sources
-from lowbit.model.fold import find_writer
+from lowbit.model.fold import find_writer, in_float32
 from lowbit.model.rotate_inputs import head_size, queries_per_value, turn_heads, turn_inputs
 from lowbit.model.rotation import Rotated, Rotation, close, output_of, parameters_of, weight_of
 from lowbit.numerics.hadamard import Hadamard
@@ -54,14 +54,15 @@ def rotate_model(
     with BlockStream(model, [tokens], device, device) as stream:
         name = stream.name
         for block in stream:
-            linears = [n for n, part in block.module.named_modules() if isinstance(part, nn.Linear)]
-            writers = list(residual_sources(block, linears))
-            if turn is not None:
-                _turn_block(block, linears, writers, turn, done)
-            if options.heads:
-                heads = Hadamard.of(head_size(model), seed=options.seed)
-                pairs |= turn_heads(block, linears, writers, heads, queries_per_value(model), done)
-            turn_inputs(block, linears, writers, set(pairs.values()), options, chosen, done)
+            with in_float32(block):
+                linears = [n for n, part in block.module.named_modules() if isinstance(part, nn.Linear)]
+                writers = list(residual_sources(block, linears))
+                if turn is not None:
+                    _turn_block(block, linears, writers, turn, done)
+                if options.heads:
+                    heads = Hadamard.of(head_size(model), seed=options.seed)
+                    pairs |= turn_heads(block, linears, writers, heads, queries_per_value(model), done)
+                turn_inputs(block, linears, writers, set(pairs.values()), options, chosen, done)
     done.heads = len(pairs)
     if turn is not None:
         _turn_head(model, name, turn, done)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.algorithms.smooth import choose_smoothing
-from lowbit.model.fold import Writer, find_writer, fold, is_close, matrix, output_of, representable
+from lowbit.model.fold import Writer, find_writer, fold, in_float32, is_close, matrix, output_of, representable
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block
 
@@ -35,27 +35,38 @@ def smooth_block(
     experts = [[name] for name in schemes if matrix(block.module, name).dim() == 3]
     rewritten: set[str] = set()
     smoothed: set[str] = set()
-    for group in (*groups, *experts):
-        if smoothed.intersection(group):
-            continue
-        readers, writer = _pair(block, group, linears)
-        if writer is None:
-            continue
-        weights = [matrix(block.module, name).flatten(0, -2) for name in readers if name in schemes]
-        w = torch.cat(weights)  # [..., N, K] -> [sum of N, K]
-        scales = choose_smoothing(_sample(block, writer, group[0]), w[:: -(-len(w) // ROWS)], schemes[group[0]], dtype)
-        scales = representable(block.module, writer, scales, dtype)
-        before = output_of(block)
-        undo = fold(block.module, writer, readers, scales)
-        if not is_close(output_of(block), before):
-            undo()
-            continue
-        smoothed |= set(readers)
-        rewritten |= {name for name in readers if name not in schemes}
-        if writer.kind != "rows":
-            part = block.module.get_submodule(writer.name)
-            rewritten |= {f"{writer.name}.{name}" for name, _ in part.named_parameters(recurse=False)}
+    with in_float32(block):
+        for group in (*groups, *experts):
+            if smoothed.isdisjoint(group):
+                readers, writer = _pair(block, group, linears)
+                if writer is not None and _fold_chosen(block, readers, writer, schemes, dtype):
+                    smoothed |= set(readers)
+                    rewritten |= {name for name in readers if name not in schemes}
+                    rewritten |= _stored(block.module, writer)
     return rewritten
+
+
+def _fold_chosen(
+    block: Block, readers: Sequence[str], writer: Writer, schemes: dict[str, QuantScheme], dtype: torch.dtype
+) -> bool:
+    """Choose scales and fold them; False where the block then computes something else, and is as it was."""
+    weights = [matrix(block.module, name).flatten(0, -2) for name in readers if name in schemes]
+    w = torch.cat(weights)  # [..., N, K] -> [sum of N, K]
+    lead = next(name for name in readers if name in schemes)
+    scales = choose_smoothing(_sample(block, writer, lead), w[:: -(-len(w) // ROWS)], schemes[lead], dtype)
+    before = output_of(block)
+    undo = fold(block.module, writer, readers, representable(block.module, writer, scales, dtype))
+    if is_close(output_of(block), before):
+        return True
+    undo()
+    return False
+
+
+def _stored(module: nn.Module, writer: Writer) -> set[str]:
+    """The float parameters of a writer that stay float; rows of a linear will be quantized."""
+    if writer.kind == "rows":
+        return set()
+    return {f"{writer.name}.{name}" for name, _ in module.get_submodule(writer.name).named_parameters(recurse=False)}
 
 
 def _pair(block: Block, group: Sequence[str], linears: Sequence[str]) -> tuple[list[str], Writer | None]:
