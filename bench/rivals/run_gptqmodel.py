@@ -1,4 +1,4 @@
-"""gptqmodel's GPTQ on given calibration tokens, with its own defaults, the model in float32 on the CPU.
+"""gptqmodel's GPTQ on given calibration tokens, with its own defaults, on a CPU (the model in float32) or a GPU.
 
 Set here: bits, group size and symmetry of the scheme, and offload_to_disk=False (finished layers stay in memory, so
 that their weights can be read). Everything else is the library's default and is read back into the record: in 7.6
@@ -63,9 +63,10 @@ def quantize(request: Request) -> tuple[torch.nn.Module, dict[str, object], floa
     from gptqmodel import GPTQConfig, GPTQModel  # noqa: PLC0415 - its import prints on standard output
 
     config = GPTQConfig(bits=request.bits, group_size=request.group_size, sym=request.symmetric, offload_to_disk=False)
-    model = GPTQModel.load(str(request.model), config, device="cpu", dtype=torch.float32)
-    if model.model.dtype != torch.float32:
-        raise SystemExit(f"the library loaded the model as {model.model.dtype}, not as float32")
+    device = "cpu" if request.device.type == "cpu" else f"cuda:{request.device.index or 0}"
+    model = GPTQModel.load(str(request.model), config, device=device, dtype=request.dtype)
+    if request.dtype != "auto" and model.model.dtype != request.dtype:
+        raise SystemExit(f"the library loaded the model as {model.model.dtype}, not as {request.dtype}")
     request.out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     with contextlib.chdir(request.out):  # the library writes a folder "logs" where it runs
@@ -86,15 +87,15 @@ def dequantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if linear.qzero_format() == 1:
             convert_gptq_v1_to_v2_format_module(linear, linear.bits, linear.pack_dtype)
         linear.scales = linear.scales.to(torch.float32)
-        weights[name] = linear.dequantize_weight().to(torch.float32).T.contiguous()  # [K, N] -> [N, K]
+        weights[f"{name}.weight"] = linear.dequantize_weight().to(torch.float32).T.contiguous()  # [K, N] -> [N, K]
     return weights
 
 
 def main() -> None:
-    request = parse_request(__doc__)
+    request = parse_request(__doc__, ("gptq",))
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     model, options, seconds = quantize(request)
-    write_result(request, dequantized_weights(model), "gptqmodel", version("gptqmodel"), options, seconds)
+    write_result(request, dequantized_weights(model), ("gptqmodel", version("gptqmodel")), options, seconds)
 
 
 if __name__ == "__main__":
