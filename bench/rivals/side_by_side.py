@@ -101,7 +101,9 @@ def judged(original: nn.Module, reference: judge.Reference, parameters: dict[str
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
+    )
     return found.stdout.strip()
 
 

@@ -5,7 +5,6 @@ model; all are judged by KL on the windows kept apart, and the lowest stays. The
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +23,8 @@ from lowbit.observe.tokens import Tokens
 from lowbit.report import LayerRecord
 
 SHARE, MOST = 8, 8  # one calibration window in 8 is kept apart, at most 8
+GPU_TOKENS = 8192  # a batch's: with fewer a GPU waits for the launches of small kernels
+HIDDEN_COPIES = 8  # two streams of hidden states, each with what its replays keep (observe/endings.py)
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,31 @@ def _run_one(model: PreTrainedModel, job: Job, ids: Tensor | None, apart: int = 
     if learning is not None and ids is not None:
         apart = apart or learning.apart(len(ids))
         learning = replace(learning, held_out=apart)
-    batches: Sequence[Tensor] = [] if ids is None else list(batched(ids[: len(ids) - apart]))
     original = copy.deepcopy(model) if learning is not None else None
-    log = quantize_blocks(model, replace(job, batches=batches))
+    log = quantize_blocks(model, _placed(model, job, None if ids is None else ids[: len(ids) - apart]))
+    model.to("cpu")  # type: ignore[arg-type]
     if learning is not None and original is not None and ids is not None:
         _learn(model, original, job, ids, learning, log)
     return log
+
+
+def _placed(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Job:
+    """The job with its batches. Where a GPU has the room, the model and all hidden states go there for the whole run.
+
+    Room: both take at most half of the memory that is free. Else a block at a time is there, and the rest on the CPU.
+    """
+    if ids is None:
+        return replace(job, batches=[])
+    if job.device.type != "cuda":
+        return replace(job, batches=list(batched(ids)))
+    width, itemsize = model.config.get_text_config().hidden_size, model.dtype.itemsize
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    needed = weights + HIDDEN_COPIES * ids.numel() * width * itemsize
+    home = job.hidden_device
+    if needed <= torch.cuda.mem_get_info(job.device)[0] // 2:
+        home = job.device
+        model.to(home)  # type: ignore[arg-type]
+    return replace(job, batches=list(batched(ids, GPU_TOKENS)), hidden_device=home)
 
 
 def _learn(
