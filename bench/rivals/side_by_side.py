@@ -59,13 +59,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--python", action="append", default=[], metavar="TOOL=PYTHON")
     parser.add_argument("--windows", type=int, help="judge on that many of the evaluation's windows")
+    parser.add_argument("--limit", type=float, help="seconds after which a run is given up")
     parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the rows")
     parser.add_argument("--commit", help="lowbit's commit, where this is no git checkout")
     return parser.parse_args()
 
 
 def run_tool(options: argparse.Namespace, tool: str, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record of one tool's run and the parameters that it left; raises CalledProcessError where it failed."""
+    """The record of one tool's run and the parameters that it left; raises SubprocessError where it failed."""
     pythons = dict(entry.split("=", 1) for entry in options.python)
     out = options.work / f"{tool}-{method}"
     command = [
@@ -74,7 +75,9 @@ def run_tool(options: argparse.Namespace, tool: str, method: str) -> tuple[dict[
         "--device", options.device, "--seed", options.seed, "--out", out,
     ]  # fmt: skip
     with (options.work / f"{tool}-{method}.log").open("w") as log:
-        printed = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, stderr=log)
+        printed = subprocess.run(
+            [str(part) for part in command], check=True, stdout=subprocess.PIPE, stderr=log, timeout=options.limit
+        )
     parameters = load_file(out / "dequantized.safetensors")
     (out / "dequantized.safetensors").unlink()  # half a gigabyte each
     return json.loads(printed.stdout.strip().splitlines()[-1]), parameters
@@ -127,11 +130,13 @@ def main() -> None:
         started = time.perf_counter()
         try:
             record, parameters = run_tool(options, tool, method)
-        except subprocess.CalledProcessError as error:
+        except subprocess.SubprocessError as error:
             failed.append(run)
             print(f"{run} failed ({error}): see {options.work}/{tool}-{method}.log", flush=True)
             continue
+        ended = time.perf_counter()
         row = record | common | judged(original, reference, parameters)
+        row["seconds_judging"] = round(time.perf_counter() - ended, 2)  # the same work for each: tells how busy it was
         print(f"{options.model.name:16s} {run:26s} KL {row['kld']:.4f} +- {row['kld_stderr']:.4f}  ppl "
               f"{row['perplexity']:.2f} ({row['perplexity_reference']:.2f})  {row['seconds']} s, "
               f"{time.perf_counter() - started:.0f} s with start and judging", flush=True)  # fmt: skip
