@@ -68,7 +68,7 @@ def parse_request(description: str | None, methods: tuple[str, ...]) -> Request:
     if match is None:
         parser.error(f"scheme {args.scheme} is not w<bits>a16-g<group>[-asym], such as w4a16-g64 or w4a16-g64-asym")
     tokens = load_file(args.tokens)["input_ids"][: args.samples, : args.seq_len].contiguous()
-    device = torch.device(args.device)
+    device = torch.device("cuda:0" if args.device == "cuda" else args.device)
     return Request(
         model=args.model,
         tokens=tokens,

@@ -65,8 +65,7 @@ def quantize(request: Request) -> tuple[torch.nn.Module, dict[str, object], floa
     from gptqmodel import GPTQConfig, GPTQModel  # noqa: PLC0415 - its import prints on standard output
 
     config = GPTQConfig(bits=request.bits, group_size=request.group_size, sym=request.symmetric, offload_to_disk=False)
-    device = "cpu" if request.device.type == "cpu" else f"cuda:{request.device.index or 0}"
-    model = GPTQModel.load(str(request.model), config, device=device, dtype=request.dtype)
+    model = GPTQModel.load(str(request.model), config, device=str(request.device), dtype=request.dtype)
     if request.dtype != "auto" and model.model.dtype != request.dtype:
         raise SystemExit(f"the library loaded the model as {model.model.dtype}, not as {request.dtype}")
     request.out.mkdir(parents=True, exist_ok=True)
