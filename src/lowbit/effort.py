@@ -23,7 +23,8 @@ from lowbit.observe.tokens import Tokens
 from lowbit.report import LayerRecord
 
 SHARE, MOST = 8, 8  # one calibration window in 8 is kept apart, at most 8
-GPU_TOKENS = 8192  # a batch's: with fewer a GPU waits for the launches of small kernels
+CPU_TOKENS, GPU_TOKENS = 2048, 8192  # a batch's: with fewer a GPU waits for the launches of small kernels
+GPU_BATCHES = 8  # but not fewer than that: some judge what was made of the others
 HIDDEN_COPIES = 8  # two streams of hidden states, each with what its replays keep (observe/endings.py)
 
 
@@ -107,7 +108,7 @@ def _placed(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Job:
     if ids is None:
         return replace(job, batches=[])
     if job.device.type != "cuda":
-        return replace(job, batches=list(batched(ids)))
+        return replace(job, batches=list(batched(ids, CPU_TOKENS)))
     width, itemsize = model.config.get_text_config().hidden_size, model.dtype.itemsize
     weights = sum(parameter.nbytes for parameter in model.parameters())
     needed = weights + HIDDEN_COPIES * ids.numel() * width * itemsize
@@ -115,7 +116,8 @@ def _placed(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Job:
     if needed <= torch.cuda.mem_get_info(job.device)[0] // 2:
         home = job.device
         model.to(home)  # type: ignore[arg-type]
-    return replace(job, batches=list(batched(ids, GPU_TOKENS)), hidden_device=home)
+    tokens = min(max(ids.numel() // GPU_BATCHES, CPU_TOKENS), GPU_TOKENS)
+    return replace(job, batches=list(batched(ids, tokens)), hidden_device=home)
 
 
 def _learn(
