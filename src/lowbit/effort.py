@@ -23,8 +23,8 @@ from lowbit.observe.tokens import Tokens
 from lowbit.report import LayerRecord
 
 SHARE, MOST = 8, 8  # one calibration window in 8 is kept apart, at most 8
-CPU_TOKENS, GPU_TOKENS = 2048, 8192  # a batch's: with fewer a GPU waits for the launches of small kernels
-GPU_BATCHES = 8  # but not fewer than that: some judge what was made of the others
+CPU_TOKENS, GPU_TOKENS = 2048, 16384  # a batch's: with fewer a GPU waits for the launches of small kernels
+GPU_BATCHES = 4  # at least; twice as many where one in six judges what was made of the others
 HIDDEN_COPIES = 8  # two streams of hidden states, each with what its replays keep (observe/endings.py)
 
 
@@ -116,7 +116,8 @@ def _placed(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Job:
     if needed <= torch.cuda.mem_get_info(job.device)[0] // 2:
         home = job.device
         model.to(home)  # type: ignore[arg-type]
-    tokens = min(max(ids.numel() // GPU_BATCHES, CPU_TOKENS), GPU_TOKENS)
+    fewest = GPU_BATCHES * (2 if job.recipe.method == "chosen" else 1)
+    tokens = min(max(ids.numel() // fewest, CPU_TOKENS), GPU_TOKENS)
     return replace(job, batches=list(batched(ids, tokens)), hidden_device=home)
 
 
