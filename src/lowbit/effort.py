@@ -6,7 +6,6 @@ A rung that learns begins from the closest of the rungs below it.
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,6 +25,9 @@ from lowbit.observe.tokens import Tokens
 from lowbit.report import LayerRecord
 
 SHARE, MOST = 8, 8  # one calibration window in 8 is kept apart, at most 8
+CPU_TOKENS, GPU_TOKENS = 2048, 16384  # a batch's: with fewer a GPU waits for the launches of small kernels
+GPU_BATCHES = 4  # at least; twice as many where one in six judges what was made of the others
+HIDDEN_COPIES = 8  # two streams of hidden states, each with what its replays keep (observe/endings.py)
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,33 @@ def _run_one(model: PreTrainedModel, job: Job, ids: Tensor | None, apart: int = 
     if learning is not None and ids is not None:
         apart = apart or learning.apart(len(ids))
         learning = replace(learning, held_out=apart)
-    batches: Sequence[Tensor] = [] if ids is None else list(batched(ids[: len(ids) - apart]))
     original = copy.deepcopy(model) if learning is not None else None
-    log = quantize_blocks(model, replace(job, batches=batches))
+    log = quantize_blocks(model, _placed(model, job, None if ids is None else ids[: len(ids) - apart]))
+    model.to("cpu")  # type: ignore[arg-type]
     if learning is not None and original is not None and ids is not None:
         _learn(model, original, job, ids, learning, log)
     return log
+
+
+def _placed(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Job:
+    """The job with its batches. Where a GPU has the room, the model and all hidden states go there for the whole run.
+
+    Room: both take at most half of the memory that is free. Else a block at a time is there, and the rest on the CPU.
+    """
+    if ids is None:
+        return replace(job, batches=[])
+    if job.device.type != "cuda":
+        return replace(job, batches=list(batched(ids, CPU_TOKENS)))
+    width, itemsize = model.config.get_text_config().hidden_size, model.dtype.itemsize
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    needed = weights + HIDDEN_COPIES * ids.numel() * width * itemsize
+    home = job.hidden_device
+    if needed <= torch.cuda.mem_get_info(job.device)[0] // 2:
+        home = job.device
+        model.to(home)  # type: ignore[arg-type]
+    fewest = GPU_BATCHES * (2 if job.recipe.method == "chosen" else 1)
+    tokens = min(max(ids.numel() // fewest, CPU_TOKENS), GPU_TOKENS)
+    return replace(job, batches=list(batched(ids, tokens)), hidden_device=home)
 
 
 def _learn(

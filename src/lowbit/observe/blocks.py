@@ -22,6 +22,7 @@ from lowbit.errors import InputError
 from lowbit.observe.capture import StopForward, block_arguments, blocks_answering, find_blocks, mapped, moved
 
 _CPU = torch.device("cpu")
+HIDDEN = torch.empty(0)  # stands for the hidden states in arguments that are kept
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -129,6 +130,26 @@ def _into(old: Any, new: Any, device: torch.device) -> Any:
     return moved(new, device)
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether value is made of nothing but tensors, numbers, words, None, and tuples, lists and plain dicts of them."""
+    if type(value) is dict:
+        return all(_is_plain(item) for item in value.values())
+    if type(value) in (tuple, list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
+
+
+def _copied(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of what is plain, function applied to its tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _copied(item, function) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_copied(item, function) for item in value)
+    return value
+
+
 def _written(mapping: MutableMapping, before: dict) -> dict:
     """The entries of mapping that a block has put there."""
     return {key: value for key, value in mapping.items() if key not in before or before[key] is not value}
@@ -161,6 +182,10 @@ class BlockStream:
         self._home = next(model.parameters()).device
         self._stored: list[Any] = [None] * len(batches)  # the latest block's output, as it returned it
         self._shared: list[dict[str, dict]] = [{} for _ in batches]  # what blocks wrote into mappings they share
+        # a block's arguments are asked for at each of its stages: a CPU's forwards take 50 times as long as the asking,
+        # but a GPU would wait for it
+        self.remembers = hidden_device.type == "cuda"
+        self._known: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}  # arguments, by block and batch
         self._current: Iterator[Block] | None = None
 
     def __len__(self) -> int:
@@ -169,6 +194,7 @@ class BlockStream:
     def __iter__(self) -> Iterator[Block]:
         self._stored = [None] * len(self.batches)
         self._shared = [{} for _ in self.batches]
+        self._known = {}
         self._current = self._iterate()
         return self._current
 
@@ -207,11 +233,33 @@ class BlockStream:
     def arguments(self, index: int, batch: int) -> tuple[tuple, dict[str, Any]]:
         """What the model's forward gives block `index` for one batch, on the stream's device."""
         previous = mapped(self._stored[batch], Tensor.clone)  # a copy: a block may change its input in place
+        if (known := self._known.get((index, batch))) is not None and isinstance(previous, Tensor):
+            return _copied(known, lambda tensor: previous if tensor is HIDDEN else tensor.clone())
         tokens = self.batches[batch].to(self._home)
         args, kwargs = block_arguments(self._model, self.name, index, tokens, previous)
         for name, entries in self._shared[batch].items():
             kwargs[name].update(entries)
-        return moved(args, self.device), moved(kwargs, self.device)
+        found = moved(args, self.device), moved(kwargs, self.device)
+        if self.remembers and isinstance(previous, Tensor):
+            self._remember(index, batch, found, previous)
+        return found
+
+    def _remember(self, index: int, batch: int, found: tuple[tuple, dict[str, Any]], previous: Tensor) -> None:
+        """Keep what block `index` gets beside its hidden states, if it is plain and small."""
+        if self._known and next(iter(self._known))[0] != index:
+            self._known = {}
+        sizes: list[int] = []
+
+        def kept(tensor: Tensor) -> Tensor:
+            if tensor is previous:
+                return HIDDEN
+            sizes.append(tensor.nbytes)
+            return tensor.clone()
+
+        if _is_plain(found):
+            plain = _copied(found, kept)
+            if sum(sizes) <= previous.nbytes:
+                self._known[index, batch] = plain
 
 
 def streams_exactly(model: nn.Module, tokens: Tensor) -> bool:
