@@ -30,7 +30,7 @@ from lowbit.model.quantize import Job, Progress, check_tokens, needs_data
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import Selection, coverage, select
 from lowbit.observe.capture import find_blocks
-from lowbit.observe.tokens import Tokens, load_tokens, overlap, packaged_text, text_windows
+from lowbit.observe.tokens import Tokens, check_known, load_tokens, overlap, packaged_text, text_windows
 from lowbit.options import Calibration, Evaluation, Gates, Scores
 from lowbit.plots import render_comparison, render_report
 from lowbit.report import CalibrationRecord, Coverage, Report, TextSample
@@ -234,6 +234,7 @@ def _measured(
     selections = [_selection(model, recipe) for recipe in recipes]
     if needs_tokens or any(needs_data(*pair) for pair in zip(recipes, selections, strict=True)):
         tokens = _calibration_tokens(calibration, tokenizer)
+        check_known(tokens.ids, model)
         for recipe, selection in zip(recipes, selections, strict=True):
             check_tokens(model, recipe, selection, tokens.ids.numel())
     if evaluation is None:
