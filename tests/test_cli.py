@@ -129,6 +129,18 @@ def test_text_of_ones_own_means_effort_2_where_no_method_is_named(
     assert [(recipe.method, recipe.effort) for recipe in seen] == [expected]
 
 
+def test_an_effort_shows_what_each_level_gained_by_kind_of_layer(place: Path, tmp_path: Path) -> None:
+    options = ["--scheme", "w3a16-g16", "--effort", "1", "--calibration", place / "calibration.txt", "--samples", 8]
+    out = lowbit_command(
+        "quantize", place / "model", "-o", tmp_path / "out", *options, "--seq-len", 32, "--no-eval"
+    ).out
+    assert "What each level gained" in out
+    table = out[out.index("What each level gained") :]
+    row = next(line for line in table.splitlines() if "down_proj" in line)
+    rtn, weighted = (float(cell) for cell in re.findall(r"([\d.]+)%", row))
+    assert 0 < weighted < rtn
+
+
 def test_formats_that_gptq_does_not_know_are_rounded_by_default(place: Path, tmp_path: Path) -> None:
     ended = lowbit_command(
         "quantize", place / "model", "-o", tmp_path / "out", "--scheme", "nf4-b64-dq", "--no-eval"

@@ -17,6 +17,7 @@ from lowbit.errors import InputError, SchemeError
 from lowbit.model.fold import Writer, find_writer, fold, representable
 from lowbit.model.recipe import Recipe
 from lowbit.model.smooth import smooth_block
+from lowbit.model.smooth_experts import smooth_experts
 from lowbit.numerics.affine import quantize_dequantize
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
@@ -180,6 +181,26 @@ def test_a_mixtures_norm_is_folded_into_its_router_and_all_of_its_experts(model_
         rewritten = smooth_block(block, input_groups(block, linears).groups, schemes, torch.float32)
         assert (next(iter(block.outputs())) - before).norm() < 1e-3 * before.norm()
     assert {name for name in rewritten if "self_attn" not in name and "input_layernorm" not in name} == MOE[model_type]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_each_expert_smooths_what_its_second_matrix_reads(model_type: str) -> None:
+    block = next(block for block in BlockStream(tiny(model_type), [TOKENS]) if block.index == 2)
+    first, second = (block.module.get_parameter(f"mlp.experts.{name}") for name in ("gate_up_proj", "down_proj"))
+    width = second.shape[2]
+    scheme = QuantScheme.parse("w3a16-g16")
+    with torch.no_grad():
+        first[1, width + 5] *= 40  # a large channel of expert 1's up
+        before, old = next(iter(block.outputs())), (first.clone(), second.clone())
+        names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        smooth_experts(block, names, dict.fromkeys(names, scheme), torch.float32)
+        assert (next(iter(block.outputs())) - before).norm() < 1e-4 * before.norm()
+    scales = second[:, 0] / old[1][:, 0]  # [E, K]
+    assert scales[1, 5] == scales[1].max() > 1.5
+    assert torch.allclose(second, old[1] * scales[:, None, :], rtol=1e-4)
+    assert torch.allclose(first[:, width:], old[0][:, width:] / scales[:, :, None], rtol=1e-4)
+    assert torch.equal(first[:, :width], old[0][:, :width])  # gate
+    assert not torch.allclose(scales[0], scales[1])
 
 
 def test_a_smoothed_mixture_is_written_with_its_router(tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ def test_models_in_16_bits_turn_as_well(model_type: str) -> None:
     assert (_logits(model).float() - before).norm() < 0.05 * before.norm()
 
 
+def test_what_can_not_turn_is_refused_in_16_bits_too() -> None:
+    model = tiny("gemma2").bfloat16()
+    with pytest.raises(InputError, match=r"the residual stream of model.layers.0 can't be rotated"):
+        rotate_model(model, Rotation(), _linears(model))
+
+
 def test_rows_and_columns_of_a_llama_turn_as_its_definition_says() -> None:
     original = tiny("llama")
     model = copy.deepcopy(original)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.observe.blocks import Block, hidden_states
-from lowbit.observe.capture import mapped
 
 FUSED = (1, 2, 3)  # a projection alone; gate and up; queries, keys and values of as many heads
 TOLERANCE = 1e-3  # relative, float32: sums in another order; bfloat16 gets 16 times that
@@ -116,14 +115,16 @@ def representable(module: nn.Module, writer: Writer, scales: Tensor, dtype: torc
 
 @contextmanager
 def in_float32(block: Block) -> Iterator[None]:
-    """The block in float32, for the time of the context: 16 bits can't tell a writer (1e-2) from what is none."""
+    """The block and its arguments in float32 meanwhile: 16 bits can't tell a writer (1e-2) from what is none."""
     parameters = [parameter for parameter in block.module.parameters() if parameter.dtype.itemsize < 4]
     stored = [parameter.dtype for parameter in parameters]
     for parameter in parameters:
         parameter.data = parameter.data.float()
+    outer, block.dtype = block.dtype, torch.float32
     try:
         yield
     finally:
+        block.dtype = outer
         for parameter, dtype in zip(parameters, stored, strict=True):
             parameter.data = parameter.data.to(dtype)
 
@@ -133,9 +134,8 @@ Arguments = tuple[tuple, dict[str, Any]]
 
 @torch.no_grad()
 def output_of(block: Block, change: Callable[[tuple, dict[str, Any]], Arguments] | None = None) -> Tensor:
-    """The block's output for the first batch, in the dtype of its weights; `change` is done to its arguments first."""
-    dtype = next(block.module.parameters()).dtype
-    args, kwargs = mapped(block.arguments(0), lambda x: x.to(dtype) if x.is_floating_point() else x)
+    """The block's output for the first batch; `change` is done to its arguments first."""
+    args, kwargs = block.arguments(0)
     if change is not None:
         args, kwargs = change(args, kwargs)
     return hidden_states(block.module(*args, **kwargs))

@@ -14,7 +14,7 @@ from lowbit.algorithms.gptaq import solve_gptaq, solve_qronos
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
 from lowbit.model.log import LayerLog, columns_for
-from lowbit.model.recipe import ASYMMETRIC_METHODS
+from lowbit.model.recipe import SHIFT_METHODS
 from lowbit.model.statistics import Statistics
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
@@ -121,7 +121,7 @@ def _solved(
     if recipe.correction is None or moment is None or observed is None or observed.shift is None:
         return log.solve(w, scheme, moment, name)
     seen = observed.moments(moment)
-    if recipe.method in ASYMMETRIC_METHODS:
+    if recipe.method in SHIFT_METHODS:
         solve = solve_gptaq if recipe.method == "gptaq" else partial(solve_qronos, columns=columns_for(w.device))
         return solve(w, moment, seen.shift, scheme.weights, log.scale_dtype, recipe.gptq), recipe.method
     if recipe.method != "chosen" or observed.held_out is None or observed.held_out.moment is None:

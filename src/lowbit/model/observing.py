@@ -88,7 +88,7 @@ def observe_twin(
 ) -> dict[str, Statistics]:
     """Statistics of each group's input in both streams, by its first linear."""
     block = twin.noisy
-    held_out = block.batches // HELD_OUT if log.recipe.method == "chosen" else 0
+    held_out = -(-block.batches // HELD_OUT) if log.recipe.method == "chosen" and block.batches > 1 else 0
     leads = [group[0] for group in groups if group[0] not in idle]
     statistics: dict[str, Statistics] = {}
     for name in leads:

@@ -33,8 +33,8 @@ from lowbit.model.sensitivity import Sensitivity
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 
-ASYMMETRIC_METHODS = ("gptaq", "qronos")  # their papers' word: the target has other inputs than the layer
-ALIGNED_METHODS = (*ASYMMETRIC_METHODS, "rotate", "aligned", "chosen", "learned")
+SHIFT_METHODS = ("gptaq", "qronos")  # use E[(x - x~) x~^T] in the solver, not in a correction before it
+ALIGNED_METHODS = (*SHIFT_METHODS, "rotate", "aligned", "chosen", "learned")
 SMOOTHING_METHODS = ("awq", "smooth")
 METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", *ALIGNED_METHODS)
 HESSIAN_METHODS = ("gptq", "smooth", *ALIGNED_METHODS)  # solve under the whole second moment
@@ -94,7 +94,7 @@ class Recipe:
             )
 
         if self.method in ALIGNED_METHODS and self.correction is None:
-            plain = self.method in ASYMMETRIC_METHODS
+            plain = self.method in SHIFT_METHODS
             object.__setattr__(self, "correction", Correction(1.0, 0.0) if plain else Correction())
             object.__setattr__(self, "gptq", replace(self.gptq, polish=0 if plain else self.gptq.polish or POLISH))
         if self.method == "rotate" and self.rotation is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.smooth import choose_smoothing
 from lowbit.model.fold import Writer, find_writer, fold, in_float32, is_close, matrix, output_of, representable
+from lowbit.model.smooth_experts import smooth_experts
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block
 
@@ -43,6 +44,7 @@ def smooth_block(
                     smoothed |= set(readers)
                     rewritten |= {name for name in readers if name not in schemes}
                     rewritten |= _stored(block.module, writer)
+        smooth_experts(block, [name for (name,) in experts], schemes, dtype)
     return rewritten
 
 

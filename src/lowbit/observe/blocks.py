@@ -33,7 +33,7 @@ def hidden_states(output: Any) -> Tensor:
 class Block:
     """One decoder block on the stream's device: index, name ("model.layers.3") and module, which may be changed.
 
-    batch is the number of the batch that is being forwarded.
+    batch is the number of the batch that is being forwarded; dtype that of its arguments, None: the model's own.
     """
 
     def __init__(self, stream: "BlockStream", index: int) -> None:
@@ -42,6 +42,7 @@ class Block:
         self.name = f"{stream.name}.{index}"
         self.module = stream.blocks[index]
         self.batch = 0
+        self.dtype: torch.dtype | None = None
         self.advanced = False
 
     @property
@@ -78,7 +79,10 @@ class Block:
     def arguments(self, batch: int) -> tuple[tuple, dict[str, Any]]:
         """The positional and keyword arguments of this block for one batch, on the stream's device."""
         assert not self.advanced, f"{self.name} has advanced: its inputs have been replaced by its outputs"
-        return self._stream.arguments(self.index, batch)
+        arguments, dtype = self._stream.arguments(self.index, batch), self.dtype
+        if dtype is None:
+            return arguments
+        return mapped(arguments, lambda part: part.to(dtype) if part.is_floating_point() else part)
 
     def run(self, on_batch: Callable[[int], None] | None = None) -> None:
         """Forward every batch for the sake of hooks; the outputs are dropped, and a hook may raise StopForward.
