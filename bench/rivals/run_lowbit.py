@@ -21,7 +21,7 @@ METHODS = ("aligned", "learned", "gptq", "rtn", "effort2", "effort4")
 def recipe_of(request: Request) -> Recipe:
     scheme = QuantScheme.parse(request.scheme)
     if request.method.startswith("effort"):
-        return Recipe.at_effort(scheme, int(request.method.removeprefix("effort")))
+        return lowbit.recipe_at(scheme, int(request.method.removeprefix("effort")))
     recipe = Recipe(scheme, request.method)
     return recipe if recipe.learning is None else replace(recipe, learning=replace(recipe.learning, seed=request.seed))
 

@@ -90,7 +90,7 @@ def refit_scale(
 def _group_products(u: Tensor, moment: Tensor) -> Tensor:
     """u_g H_gh u_h^T for u [N, K/G, G]: [N, K/G, K/G]."""
     rows, groups, size = u.shape
-    reach = torch.bmm(u.transpose(0, 1), moment.view(groups, size, groups * size))  # [K/G, N, K]
+    reach = torch.bmm(u.transpose(0, 1), moment.reshape(groups, size, groups * size))  # [K/G, N, K]
     return torch.einsum("hnga,nga->nhg", reach.view(groups, rows, groups, size), u)
 
 

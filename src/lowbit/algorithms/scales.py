@@ -59,7 +59,9 @@ def search_scale(
         if scheme.symmetric and search.signed:
             scale = torch.stack([scale, -scale], 1).flatten(0, 1)
         error = _weighted_error(grouped, scale, zero, scheme, weight, search.norm)
-        least, index = error.nan_to_num_(torch.inf).min(0, keepdim=True)  # NaN: a scale that overflows its dtype
+        least, index = error.nan_to_num_(torch.inf, torch.inf).min(
+            0, keepdim=True
+        )  # NaN: a scale that overflows its dtype
         better = least[0] < best_error
         best_error = torch.where(better, least[0], best_error)
         best_scale = torch.where(better, scale.gather(0, index)[0], best_scale)

@@ -102,7 +102,7 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
             _stream(model, job) as noisy,
             _stream(model, job) as clean,
         ):
-            give_back()
+            give_back(job.device)
 
             def prepare(block: Block) -> None:
                 take_out(block.module)
@@ -114,18 +114,18 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
 
             for twin in islice(twins(noisy, clean, prepare), depth):
                 _quantize_twin(twin, _inside(job, twin.noisy.name), log)
-                give_back()
+                give_back(job.device)
                 job.progress("quantizing", twin.noisy.index + 1, depth)
     elif needs_data(job.recipe, job.selection):
         with parked(blocks, job.scale_dtype) as take_out, _stream(model, job) as stream:
-            give_back()
+            give_back(job.device)
             for block in islice(stream, depth):
                 take_out(block.module)
                 schemes = _inside(job, block.name)
                 _quantize_observed(block, schemes, log)
                 if job.recipe.method in SMOOTHING_METHODS and schemes:
                     _check_smoothed(model, job.recipe.method, log)
-                give_back()
+                give_back(job.device)
                 job.progress("quantizing", block.index + 1, depth)
     else:
         for index, module in enumerate(blocks):
@@ -193,7 +193,7 @@ def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: Layer
     with keeping_decoded(), replaying(block, endings) as replays:
         for stage in _stages([group for group in groups if group[0] not in idle]):
             statistics = observe_linears(block, stage, schemes, log, replays)
-            give_back()  # the forward's short-lived tensors, before the solver's
+            give_back(block.device)  # the forward's short-lived tensors, before the solver's
             for group in stage:
                 _solve_group(block, group, schemes, statistics[group[0]], log)
             for name in stage[0] if len(stage) == 1 else ():
@@ -231,7 +231,7 @@ def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -
     with keeping_decoded(), twin.replaying(endings):
         for step in steps:
             statistics = observe_twin(twin, step, idle, schemes, log)
-            give_back()  # the forwards' short-lived tensors, before the solver's
+            give_back(block.device)  # the forwards' short-lived tensors, before the solver's
             for group in step:
                 _solve_group(block, group, schemes, statistics.get(group[0]), log)
             for name in step[0] if len(step) == 1 else ():
