@@ -168,7 +168,7 @@ def test_a_model_that_is_quantized_already(place: Place) -> None:
 def test_no_space_left_is_found_before_the_work(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(place.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr("lowbit.verbs.load_float", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lowbit.original.load_float", lambda *_: pytest.fail("the model was loaded"))
     message = refused(place, *arguments(place))
     assert message.startswith(f"no space left for {place.out}: it needs about ")
     assert message.endswith("and 1.00 kB are free; free some space or choose another disk")

@@ -41,7 +41,7 @@ def test_the_demo_shows_a_table_a_sample_and_a_report(
     demo.main(str(model), str(tmp_path / "out"))
     shown, page = capsys.readouterr().out, tmp_path / "out" / "report.html"
     assert {"rtn:w8a8", "rtn:w4a16-g64", "gptq:w4a16-g64"} <= set(demo.RECIPES)
-    for text in ("original", "perplexity", "top-1", "seconds", *demo.RECIPES, lowbit.verbs.PROMPT, str(page)):
+    for text in ("original", "perplexity", "top-1", "seconds", *demo.RECIPES, lowbit.original.PROMPT, str(page)):
         assert text in " ".join(shown.split()), text
     listed = json.loads((tmp_path / "out" / "report.json").read_text())
     reports = {report.recipe: report for report in (Report.from_json(json.dumps(entry)) for entry in listed)}

@@ -28,8 +28,8 @@ from lowbit.io.convert import Options, convert
 from lowbit.io.gguf_blocks import BY_NAME
 from lowbit.io.gguf_encode import encode_floats
 from lowbit.model.recipe import Recipe
-from lowbit.options import Gates
-from lowbit.verbs import Conditions, quantize
+from lowbit.options import Conditions, Gates
+from lowbit.verbs import quantize
 
 PROMPT = "The most important thing to know about the human heart is that"
 TOKENS = 32

@@ -21,11 +21,11 @@ from lowbit.model.recipe import Recipe
 from lowbit.model.select import Rule
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.options import Calibration, Evaluation, Gates, Scores
+from lowbit.options import Calibration, Conditions, Evaluation, Gates, Scores
 from lowbit.report import Report
 from lowbit.train import optim
 from lowbit.train.qlora import add_lora, load_lora, merge_lora
-from lowbit.verbs import Conditions, compare, evaluate, quantize
+from lowbit.verbs import compare, evaluate, quantize
 
 __all__ = [
     "Calibration",

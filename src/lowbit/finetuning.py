@@ -21,8 +21,8 @@ from lowbit.finetuning_options import METHODS, Finetuned, Finetuning, Progress
 from lowbit.io.folder import atomic_folder, check_destination
 from lowbit.io.source import load_tokenizer, open_source
 from lowbit.optional import require
+from lowbit.original import device_of as resolve_device
 from lowbit.train.text import training_windows
-from lowbit.verbs import _device as resolve_device
 
 __all__ = ["METHODS", "Finetuned", "Finetuning", "finetune"]
 

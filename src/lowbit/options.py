@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowbit.errors import InputError
+from lowbit.model.quantize import Progress
 from lowbit.report import Coverage, Fidelity, Gate
 
 
@@ -71,3 +72,19 @@ class Scores:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all recipes of one run share: the data, how results are judged, where the work runs, who watches."""
+
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation | None = Evaluation()
+    gates: Gates = Gates()
+    device: str = "auto"
+    overwrite: bool = False
+    progress: Progress = silent

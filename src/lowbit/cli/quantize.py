@@ -36,9 +36,9 @@ from lowbit.model.recipe import METHODS, Recipe, default_method
 from lowbit.model.select import Rule
 from lowbit.numerics.scheme import GRAMMAR, QuantScheme
 from lowbit.observe.ranges import OBSERVERS
-from lowbit.options import Calibration, Evaluation, Gates
+from lowbit.options import Calibration, Conditions, Evaluation, Gates
 from lowbit.terminal import Bar, comparison_table, report_text, samples_text
-from lowbit.verbs import Conditions, compare, quantize
+from lowbit.verbs import compare, quantize
 
 DEFAULT_EFFORT = 2  # where the user brings text: three runs, and the closest of them; without, one run of gptq
 
