@@ -14,6 +14,7 @@ import torch
 from lowbit.kernels.cuda import compiler, wna16_dequantize, wna16_layout, wna16_mma, wna16_wgmma
 from lowbit.kernels.cuda.device import Gpu
 from lowbit.kernels.layout import FastForm
+from sweep import TILES
 
 H200 = Gpu((9, 0), 132, 232448)
 FORMS = (
@@ -58,6 +59,8 @@ def wanted() -> list[Wanted]:
                 wna16_dequantize.kernel(form, dtype, device)
             for bits in {"int2": (2,), "int4": (4, 3), "int8": (8, 6), "lut": (16,)}[form.codes]:
                 wna16_layout.layout_kernel(form, bits, device)
+    for tile in (tile for tiles in TILES.values() for tile in tiles):
+        found["wna16_wgmma.cu", wna16_wgmma.wgmma_defines(FORMS[0], torch.bfloat16, tile)] = None
     return list(found)
 
 

@@ -30,7 +30,7 @@ typedef unsigned long long u64;
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct dim3 { int x, y, z; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
@@ -223,6 +223,18 @@ inline void ldmatrix_x4(u32 (&r)[4], u32 address) {
     });
 }
 
+inline u32 transpose_8x8(u32 pair) {
+    u32 both[2] = {pair, 0};
+    Meeting& meeting = warp();
+    meet(meeting, 32, "transpose", both, [&] {
+        auto lane = [&](int l) { return static_cast<u32*>(meeting.brought[l]); };
+        for (int row = 0; row < 8; ++row)
+            for (int column = 0; column < 8; ++column)
+                lane(column * 4 + row / 2)[1] |= (lane(row * 4 + column / 2)[0] >> (16 * (column % 2)) & 0xFFFF) << (16 * (row % 2));
+    });
+    return both[1];
+}
+
 inline u64 descriptor_of(u32 address) {
     if (address % 1024) fail("a swizzled tile not at a multiple of 1024 bytes");
     return (address & 0x3FFFF) >> 4;
@@ -283,12 +295,11 @@ inline float load_from_rank(u32 address, u32 rank) {
     return value;
 }
 
-inline float4 load_four_from_rank(u32 address, u32 rank) {
-    if (address % 16) fail("four floats not at a multiple of 16 bytes");
-    float4 v;
-    memcpy(&v, at_address((address & 0xFFFFFF) | rank << 24), 16);
-    return v;
-}
+// ---- from block to block through memory: blocks run in their order, so whoever waits finds the flag raised ----
+constexpr u64 RAISED = 0x9E6C63D0676A9A99ull;
+inline void raise_flag(u64* flag) { *flag = RAISED; }
+inline void await_flag(const u64* flag) { if (*flag != RAISED) fail("a flag that no block before has raised"); }
+inline float4 load_fresh(const float4* from) { return *from; }
 
 // ---- asynchronous copies ----
 inline MemoryBarrier& barrier_at(u32 barrier) {

@@ -95,30 +95,26 @@ def test_mma_computes_the_product(
 
 
 WGMMA = (
-    # copies eager, most slices of K, scheme, (M, N, K), dtype
-    (True, 8, "w4a16-g128", (40, 300, 768), BFLOAT),  # ragged rows and tokens, tiles of 64; a cluster
-    (False, 1, "w4a16-g32-asym", (17, 56, 1152), HALF),  # three rounds of stages, copies late,
+    # copies eager, processors, scheme, (M, N, K), dtype
+    (True, 3, "w4a16-g128", (40, 600, 768), BFLOAT),  # ragged rows and tokens, tiles of 64, a tile over two blocks
+    (False, 2, "w4a16-g32-asym", (17, 56, 1152), HALF),  # one tile in two, three rounds of stages, copies late,
     (True, 1, "w4a16-g64", (3, 40, 1152), BFLOAT),  # and early
-    (False, 8, "nf4-b64", (9, 264, 1088), BFLOAT),
+    (False, 5, "nf4-b64", (9, 264, 1088), BFLOAT),  # a block inside a tile, pieces of two tiles in one block
     (True, 2, "w8a16-g64-asym", (70, 130, 1024), BFLOAT),  # three stages
-    (True, 8, "w2a16-g16", (130, 72, 208), HALF),  # two token tiles
+    (True, 3, "w2a16-g16", (390, 264, 208), HALF),  # whole tiles after the shared ones
+    (False, 7, "w4a16-g128", (5, 257, 1920), BFLOAT),  # an odd number of rows
 )
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_two_blocks_of_wgmma_may_share_rows(emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool) -> None:
-    emulate(900, eager)
-    monkeypatch.setattr(wna16_wgmma, "tiles_of", lambda form, tokens: (wna16_wgmma.Tile(16, 4, 3, 1, paired=True),))
-    check(wna16_wgmma._linear, "w4a16-g64-asym", (20, 880, 1024), BFLOAT)
-
-
-@pytest.mark.parametrize(("eager", "splits", "scheme", "shape", "dtype"), WGMMA)
+@pytest.mark.parametrize(("eager", "processors", "scheme", "shape", "dtype"), WGMMA)
 def test_wgmma_computes_the_product(
-    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, splits: int, scheme: str,
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, processors: int, scheme: str,
     shape: tuple[int, int, int], dtype: torch.dtype,
 ) -> None:  # fmt: skip
     emulate(900, eager)
-    monkeypatch.setattr(wna16_wgmma, "_MOST_SPLITS", splits)
+    gpu = Gpu((9, 0), processors, 232448)
+    monkeypatch.setattr(wna16_wgmma, "gpu_of", lambda device: gpu)
+    monkeypatch.setattr(wna16_wgmma, "blocks_of", lambda tile, *sizes: [processors])
     check(wna16_wgmma._linear, scheme, shape, dtype)
 
 

@@ -118,6 +118,36 @@ DEVICE void ldmatrix_x4(u32 (&r)[4], u32 address) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
 
+// an 8 x 8 matrix of halves, a row a quad of lanes, two columns a lane, turned over
+DEVICE u32 transpose_8x8(u32 pair) {
+    u32 turned;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+    return turned;
+}
+
+// ---- from block to block through memory ----
+// A flag is raised when it holds this number, which no memory holds by chance: so nobody needs to clear it beforehand.
+constexpr u64 RAISED = 0x9E6C63D0676A9A99ull;
+
+// what the warp wrote before the __syncwarp before this is there for whoever awaits the flag
+DEVICE void raise_flag(u64* flag) {
+    asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(RAISED) : "memory");
+}
+
+DEVICE void await_flag(const u64* flag) {
+    u64 found;
+    do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+    while (found != RAISED);
+}
+
+// past the first-level cache
+DEVICE float4 load_fresh(const float4* from) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
 // ---- programmatic dependent launch ----
 DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
@@ -143,15 +173,6 @@ DEVICE float load_from_rank(u32 address, u32 rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
                  : "=f"(value) : "r"(address), "r"(rank) : "memory");
     return value;
-}
-
-DEVICE float4 load_four_from_rank(u32 address, u32 rank) {
-    float4 v;
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
-    return v;
 }
 #endif
 

@@ -1,7 +1,7 @@
 // y[M, N] = x[M, K] W[N, K]^T + bias with wgmma m64nTk16 (sm_90a): 9 tokens and more.
 //
 // The weight is operand A from registers: what a warp decodes never goes back to shared memory. x is operand B, from
-// shared memory, so the product computed is y^T, UNIT_ROWS = 64 GROUPS_OF_WARPS rows by TOKENS tokens in one block:
+// shared memory, so the product computed is y^T, a tile of UNIT_ROWS = 64 WARPGROUPS rows by TOKENS tokens in one block:
 //
 //              K ──────────────────►                       x: [TOKENS][K]
 //        ┌────────┬────────┬────────┐                  128 columns a stage, two tiles of 64
@@ -15,21 +15,21 @@
 // the batch before the last. A code becomes (code - zero) scale, rounded to x's type: the sums then run over all of K
 // without a stop at each group. fp16: the scale is taken 2^-FAST_BITS smaller (no overflow), y's factor larger.
 //
-// Block (unit, token tile, rank); the `splits` blocks of a unit are a cluster, each with its slice of K. At the end all
-// sums lie in shared memory, and each block of the cluster finishes its share of the outputs.
+// Every multiprocessor gets the same number of steps (128 columns of one tile), wherever tiles begin and end (stream-K,
+// arXiv:2301.03598); see Schedule. Nothing waits for a whole block, neither at a step nor at the end of a tile: a warp's
+// sums stay in its registers, go to memory where another block finishes the tile, and come from there in the same order.
 #include "wgmma_half.cuh"
 #include "wna16_record.cuh"
 
-// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; PAIRED, see Work; STAGES (3 or 4) records of a warp and stages of x in flight
+// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; STAGES (3 or 4) records of a warp and stages of x in flight
 constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS, UNIT_ROWS = 16 * WARPS;
 constexpr int X_TILE = TOKENS * 128, X_STAGE = 2 * X_TILE;  // bytes
 constexpr int RING_AT = STAGES * X_STAGE;
 constexpr int WORK_BYTES = RING_AT + WARPS * STAGES * RECORD_BYTES;
-constexpr int SUM_PITCH = UNIT_ROWS + 4;  // floats of one token; 4 more so that a quad's columns differ in bank
-constexpr int SUMS_BYTES = TOKENS * SUM_PITCH * 4;  // in the place of x and the rings, at the end
-constexpr int BARRIERS_AT = ((WORK_BYTES > SUMS_BYTES ? WORK_BYTES : SUMS_BYTES) + 127) / 128 * 128;
+constexpr int BARRIERS_AT = (WORK_BYTES + 127) / 128 * 128;
 constexpr int FULL_AT = BARRIERS_AT + WARPS * STAGES * 8, EMPTY_AT = FULL_AT + STAGES * 8;
-constexpr int TABLE_AT = (EMPTY_AT + STAGES * 8 + 127) / 128 * 128;
+constexpr int PIECES_AT = (EMPTY_AT + STAGES * 8 + 127) / 128 * 128, MOST_PIECES = 96;
+constexpr int TABLE_AT = (PIECES_AT + MOST_PIECES * 20 + 127) / 128 * 128;
 constexpr int X_AHEAD = STAGES - 2;  // x is asked for so many records before it is multiplied
 constexpr int HALF_STEPS = 4, BATCH = 2, BATCHES = HALF_STEPS / BATCH;  // of 16 columns; 4 at once: ptxas does not end
 
@@ -86,79 +86,138 @@ DEVICE void weights_of(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, const
     }
 }
 
-// What a warpgroup multiplies: 64 rows from `row`, records `begin` to `end` - 1 of those that its block reads. PAIRED: two
-// blocks share 7 x 64 rows; three warpgroups of each have 64 rows of their own, the fourth has half of K of the last 64.
-struct Work {
-    int row, begin, end;
+// Which steps a block multiplies, and in which order. The last `waves` x blocks tiles go round robin, a whole tile at a
+// time. The steps of the `shared_tiles` before them are one sequence, cut into a run for each block:
+//
+//   tile 0            tile 1            tile 2          A tile is finished by the block that has its last step. Where a
+//   ├───────────┬─────┼───────┬─────────┼───┬───────    run ends inside a tile, the block does that piece first and hands
+//   │  block 0  │  block 1    │  block 2    │  ...      its sums on: they are there long before they are wanted, and
+//                                                       blocks wait for lower ones alone, which have started before.
+//
+// A block's order is a sequence of pieces (the one to hand on, what remains of its first tile, whole tiles), each filled
+// up to whole rounds of STAGES: a position's stage is then a constant of the unrolled code. What fills is an empty step.
+// The pieces lie in shared memory: in registers they cost the loop 30.
+struct Piece {
+    int unit, first_token, step, start, left;  // first step in the tile, first position, how many; none after the last
+};
 
-    DEVICE Work(int unit, int rank, int warpgroup, int count) {
-        row = unit * UNIT_ROWS + 64 * warpgroup, begin = 0, end = count;
-        if constexpr (PAIRED) {
-            const int middle = min((count / 2 + STAGES - 1) / STAGES * STAGES, count);  // both start at the first stage
-            row = (unit * 7 + (warpgroup == 3 ? 6 : 3 * rank + warpgroup)) * 64;
-            if (warpgroup == 3) begin = rank ? middle : 0, end = rank ? count : middle;
-        }
+struct Schedule {
+    int blocks, per_tile, shared_tiles, token_tiles;
+
+    DEVICE int first_of(int block) const {
+        return static_cast<int>(static_cast<long long>(shared_tiles) * per_tile * block / blocks);
+    }
+    DEVICE int block_of(int step) const {
+        return static_cast<int>(((step + 1ll) * blocks - 1) / (static_cast<long long>(shared_tiles) * per_tile));
+    }
+    DEVICE static int rounded(int steps) { return (steps + STAGES - 1) / STAGES * STAGES; }
+
+    DEVICE Piece piece(int block, int index, int waves) const {
+        const int begin = first_of(block), length = first_of(block + 1) - begin, first = begin / per_tile;
+        const int head = min((begin + length) % per_tile, length), head_at = begin + length - head;
+        const int rest = min(per_tile - begin % per_tile, length - head), whole = (length - head - rest) / per_tile;
+        if (head > 0 && index-- == 0) return of_tile(head_at / per_tile, head_at % per_tile, 0, head);
+        if (rest > 0 && index-- == 0) return of_tile(first, begin % per_tile, rounded(head), rest);
+        const int tile = index < whole ? first + 1 + index : shared_tiles + (index - whole) * blocks + block;
+        const int start = rounded(head) + rounded(rest) + index * rounded(per_tile);
+        return of_tile(tile, 0, start, index < whole + waves ? per_tile : 0);
+    }
+    DEVICE Piece of_tile(int tile, int step, int start, int left) const {
+        return {tile / token_tiles, tile % token_tiles * TOKENS, step, start, left};
     }
 };
 
-// y of this block's share: items (token, 8 rows), the sums of all that have any added in an order that hangs on the item
-// alone. Each block starts with its own sums: if all read the first block's at once, its memory was the limit.
-DEVICE void finish(const float* factor, const u16* bias, u16* y, int M, int N, int splits, int unit, int rank, int first_token) {
-    constexpr int PIECES = UNIT_ROWS / 8;
-    const int items = min(M - first_token, TOKENS) * PIECES;
-    const int first = PAIRED ? 0 : items * rank / splits, last = PAIRED ? items : items * (rank + 1) / splits;
-    const float unit_scale = *factor * (XTYPE || IS_LUT ? 1.f : static_cast<float>(1 << FAST_BITS));
-    for (int item = first + threadIdx.x; item < last; item += THREADS) {
-        int token = item / PIECES, row = item % PIECES * 8, n = unit * UNIT_ROWS + row, ranks = splits;
-        if constexpr (PAIRED) {
-            bool shared_rows = row >= 192;  // of which a block finishes every second token
-            if (shared_rows && token % 2 != rank) continue;
-            n = unit * 448 + (shared_rows ? 192 : 192 * rank) + row, ranks = shared_rows ? 2 : 1;
-        }
-        if (n >= N) continue;
-        float sum[8] = {};
-#pragma unroll 4
-        for (int i = 0; i < ranks; ++i) {
-            int other = rank + i < splits ? rank + i : rank + i - splits;
-            u32 from = shared_address(shared) + (token * SUM_PITCH + row) * 4;
-            float4 low = load_four_from_rank(from, other), high = load_four_from_rank(from + 16, other);
-            sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
-            sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
-        }
-        u16* to = y + static_cast<size_t>(first_token + token) * N + n;
-        u32 out[8];
+using Sums = float[TOKENS / 2];
+
+// a warp's sums in memory: [block][warp][TOKENS / 8][lane] float4; a flag for each warp behind them all
+DEVICE float4* sums_of(float4* partial, int block, int warp, int lane) {
+    return partial + (static_cast<size_t>(block) * WARPS + warp) * (TOKENS / 8 * 32) + lane;
+}
+DEVICE u64* flag_of(float4* partial, int block, int warp) {
+    return reinterpret_cast<u64*>(sums_of(partial, gridDim.x, 0, 0)) + block * WARPS + warp;
+}
+
+DEVICE void hand_on(const Sums& acc, float4* partial, int warp, int lane) {
+    float4* to = sums_of(partial, blockIdx.x, warp, lane);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) out[i] = to_x(sum[i] * unit_scale + (bias && n + i < N ? from_x(bias[n + i]) : 0.f));
-        if (N % 8 == 0)
-            *reinterpret_cast<uint4*>(to) = make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16,
-                                                       out[4] | out[5] << 16, out[6] | out[7] << 16);
-        else
-            for (int i = 0; i < 8 && n + i < N; ++i) to[i] = static_cast<u16>(out[i]);
+    for (int i = 0; i < TOKENS / 8; ++i) to[32 * i] = {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]};
+    __syncwarp();
+    if (lane == 0) raise_flag(flag_of(partial, blockIdx.x, warp));
+}
+
+// acc += the sums that blocks `first` to this one - 1 have handed on: added up from the first, acc last
+DEVICE void take_over(Sums& acc, float4* partial, int first, int warp, int lane) {
+    const int count = blockIdx.x - first;
+    for (int i = lane; i < count; i += 32) await_flag(flag_of(partial, first + i, warp));
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; ++i) {
+        float4 total = load_fresh(sums_of(partial, first, warp, lane) + 32 * i);
+#pragma unroll 4
+        for (int from = 1; from < count; ++from) {
+            float4 more = load_fresh(sums_of(partial, first + from, warp, lane) + 32 * i);
+            total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+        }
+        acc[4 * i] += total.x, acc[4 * i + 1] += total.y, acc[4 * i + 2] += total.z, acc[4 * i + 3] += total.w;
+    }
+    __syncwarp();
+    for (int i = lane; i < count; i += 32) *flag_of(partial, first + i, warp) = 0;  // as the next launch wants it
+}
+
+// y of a warp's 16 rows from `row` on: two of its 8 x 8 pieces turned over, a lane has two rows of one token
+DEVICE void store(const Sums& acc, float unit_scale, const u16* bias, u16* y, int M, int N, int row, int first_token, int lane) {
+    const int g = lane / 4, c = lane % 4;
+    float added[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        if (bias && row + g + 8 * i < N) added[i] = from_x(bias[row + g + 8 * i]);
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+        const int token = first_token + 8 * j + g;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32 first = to_x(acc[4 * j + 2 * i] * unit_scale + added[i]);
+            const u32 second = to_x(acc[4 * j + 2 * i + 1] * unit_scale + added[i]);
+            const u32 turned = transpose_8x8(first | second << 16);
+            const int n = row + 8 * i + 2 * c;
+            u16* to = y + static_cast<size_t>(token) * N + n;
+            if (token >= M || n >= N) continue;
+            if (N % 2 == 0) *reinterpret_cast<u32*>(to) = turned;
+            else {
+                to[0] = static_cast<u16>(turned);
+                if (n + 1 < N) to[1] = static_cast<u16>(turned >> 16);
+            }
+        }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* levels, const float* factor, const u16* bias, u16* y, int M,
-            int N, int K, int splits, int token_tiles) {
+wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* levels, const float* factor, const u16* bias, u16* y,
+            float4* partial, int M, int N, int K, int waves, int token_tiles) {
     let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-    const int rank = blockIdx.x % splits, unit = blockIdx.x / splits / token_tiles;
-    const int first_token = blockIdx.x / splits % token_tiles * TOKENS;
-    const int per_strip = (K + RECORD_K - 1) / RECORD_K;
-    const int begin = PAIRED ? 0 : rank * per_strip / splits;
-    const int count = PAIRED ? per_strip : (rank + 1) * per_strip / splits - begin;
-    const Work work(unit, rank, warp / 4, count);
+    const int strips = (N + STRIP - 1) / STRIP, per_strip = (K + RECORD_K - 1) / RECORD_K;
+    const int tiles = (N + UNIT_ROWS - 1) / UNIT_ROWS * token_tiles;
+    const Schedule schedule = {static_cast<int>(gridDim.x), per_strip, tiles - waves * static_cast<int>(gridDim.x), token_tiles};
+    Piece* pieces = reinterpret_cast<Piece*>(shared + PIECES_AT);
+    if (threadIdx.x < MOST_PIECES) pieces[threadIdx.x] = schedule.piece(blockIdx.x, threadIdx.x, waves);
     const u32 base = shared_address(shared), arrivals = base + BARRIERS_AT + warp * STAGES * 8;
-    const int strip = min(work.row / STRIP + warp % 4, (N + STRIP - 1) / STRIP - 1);
-    const u8* from = records + (static_cast<size_t>(strip) * per_strip + begin) * RECORD_BYTES;
-    u8* ring = shared + RING_AT + warp * STAGES * RECORD_BYTES;
+    const u32 ring = base + RING_AT + warp * STAGES * RECORD_BYTES;
     const u64 policy = token_tiles == 1 ? evict_first_policy() : evict_last_policy();
+    const u8* next = records;  // the record to fetch next, how many follow it, where the next piece begins, and which
+    int next_left = 0, next_start = 0, next_piece = 0;
     auto fetch = [&](int i, int slot) {
-        if (lane == 0 && i < work.end) {
-            barrier_expect(arrivals + 8 * slot, RECORD_BYTES);
-            bulk_copy(shared_address(ring + slot * RECORD_BYTES), from + static_cast<size_t>(i) * RECORD_BYTES,
-                      RECORD_BYTES, arrivals + 8 * slot, policy);
+        if (i == next_start) {
+            const Piece piece = pieces[next_piece++];
+            const int strip = min(piece.unit * WARPS + warp, strips - 1);
+            next = records + (static_cast<size_t>(strip) * per_strip + piece.step) * RECORD_BYTES;
+            next_left = piece.left, next_start = piece.left ? i + Schedule::rounded(piece.left) : -1;
         }
+        if (lane == 0 && next_left > 0) {
+            barrier_expect(arrivals + 8 * slot, RECORD_BYTES);
+            bulk_copy(ring + slot * RECORD_BYTES, next, RECORD_BYTES, arrivals + 8 * slot, policy);
+        } else if (lane == 0) barrier_arrive(arrivals + 8 * slot);
+        next += RECORD_BYTES, --next_left;
     };
     if (lane == 0) {
         for (int i = 0; i < STAGES; ++i) barrier_init(arrivals + 8 * i, 1);
@@ -168,81 +227,94 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         }
         barrier_init_fence();
     }
-    __syncwarp();
-    for (int i = 0; i < STAGES; ++i) fetch(work.begin + i, i);
+    __syncthreads();
+    for (int i = 0; i < STAGES; ++i) fetch(i, i);
     if constexpr (IS_LUT)  // one byte -> two levels, a copy for each lane
         for (int i = threadIdx.x; i < TABLE_WORDS; i += THREADS)
             reinterpret_cast<u32*>(shared + TABLE_AT)[i] = levels[i / 32 & 15] | static_cast<u32>(levels[i / 32 >> 4]) << 16;
     __syncthreads();
 
     wait_for_kernel_before();
-    auto fetch_x = [&](int i, int stage) {  // by one lane
+    auto fetch_x = [&](int i, int stage, int index) {  // by one lane; index: of the piece, or of the one before
+        Piece piece = pieces[index + 1];
+        if (i < piece.start) piece = pieces[index];
         const u32 to = base + stage * X_STAGE, full = base + FULL_AT + stage * 8;
-        const int byte = (begin + i) * RECORD_K * 2;
+        const int ahead = i - piece.start, byte = (piece.step + ahead) * RECORD_K * 2;
+        if (ahead >= piece.left) return barrier_arrive(full);
         barrier_expect(full, X_STAGE);
-        copy_box(to, &x, byte, first_token, full);
-        copy_box(to + X_TILE, &x, byte + 128, first_token, full);
+        copy_box(to, &x, byte, piece.first_token, full);
+        copy_box(to + X_TILE, &x, byte + 128, piece.first_token, full);
+    };
+    auto ask_for_x = [&](int i, int stage, u32 parity, int index) {  // by each warp in its turn
+        if (warp != i % WARPS || lane != 0) return;
+        constexpr int LAST = STAGES - X_AHEAD;  // stages before this one still fill this round's
+        if (i >= LAST)
+            barrier_wait(base + EMPTY_AT + (stage + X_AHEAD) % STAGES * 8, stage < LAST ? parity ^ 1 : parity);
+        fetch_x(i + X_AHEAD, (stage + X_AHEAD) % STAGES, index);
     };
     if (threadIdx.x == 0)
-        for (int i = 0; i < min(X_AHEAD, count); ++i) fetch_x(i, i);
+        for (int i = 0; i < X_AHEAD; ++i) fetch_x(i, i, 0);
 
-    float acc[TOKENS / 2] = {};
+    const float unit_scale = *factor * (XTYPE || IS_LUT ? 1.f : static_cast<float>(1 << FAST_BITS));
+    Sums acc = {};
     u32 a[2][BATCH][4];
     const u32 magic = opaque(MAGIC), column = 4 * lane;
     const u64 x_tiles = descriptor_of(base);
-    for (int first = 0; first < count; first += STAGES) {
-        const u32 parity = first / STAGES & 1, ring_parity = (first - work.begin) / STAGES & 1;
+    for (int index = 0, position = 0; pieces[index].left > 0; ++index) {
+        const int end = position + pieces[index].left;
+        u32 parity;
+        for (; position < end; position += STAGES) {
+            parity = position / STAGES & 1;
 #pragma unroll
-        for (int stage = 0; stage < STAGES; ++stage) {  // unrolled, so that a stage's addresses are constants
-            const int i = first + stage;
-            if (i >= count) break;
-            if (warp == i % WARPS && lane == 0 && i + X_AHEAD < count) {  // each in its turn
-                constexpr int LAST = STAGES - X_AHEAD;  // stages before this one still fill this round's
-                if (first > 0 || stage >= LAST)
-                    barrier_wait(base + EMPTY_AT + (stage + X_AHEAD) % STAGES * 8, stage < LAST ? parity ^ 1 : parity);
-                fetch_x(i + X_AHEAD, (stage + X_AHEAD) % STAGES);
-            }
-            if (PAIRED && (i < work.begin || i >= work.end)) {
-                wgmma_wait<0>();
-                if (i > 0 && lane == 0) barrier_arrive(base + EMPTY_AT + (stage + STAGES - 1) % STAGES * 8);
-                barrier_wait(base + FULL_AT + stage * 8, parity);
-                continue;
-            }
-            barrier_wait(arrivals + 8 * stage, ring_parity);
-            const u8* record = ring + stage * RECORD_BYTES;
-            GroupPairs pairs;
-            u32 words[HALF_WORDS];
+            for (int stage = 0; stage < STAGES; ++stage) {  // unrolled, so that a stage's addresses are constants
+                const int i = position + stage;
+                if (i >= end) break;
+                ask_for_x(i, stage, parity, index);
+                barrier_wait(arrivals + 8 * stage, parity);
+                const u8* record = shared + RING_AT + (warp * STAGES + stage) * RECORD_BYTES;
+                GroupPairs pairs;
+                u32 words[HALF_WORDS];
 #pragma unroll
-            for (int batch = 0; batch < 2 * BATCHES; ++batch) {
-                u32(&operands)[BATCH][4] = a[batch % 2];
-                if (batch % BATCHES == 0) load_codes(words, record, batch / BATCHES, lane);
-                wgmma_wait<1>();  // of the batch before the last, whose registers these are
-                if (batch == 1 && i > 0 && lane == 0) barrier_arrive(base + EMPTY_AT + (stage + STAGES - 1) % STAGES * 8);
+                for (int batch = 0; batch < 2 * BATCHES; ++batch) {
+                    u32(&operands)[BATCH][4] = a[batch % 2];
+                    if (batch % BATCHES == 0) load_codes(words, record, batch / BATCHES, lane);
+                    wgmma_wait<1>();  // of the batch before the last, whose registers these are
+                    if (batch == 1 && i > 0 && lane == 0) barrier_arrive(base + EMPTY_AT + (stage + STAGES - 1) % STAGES * 8);
 #pragma unroll
-                for (int at = 0; at < BATCH; ++at) {
-                    int step = batch * BATCH + at;
-                    if (step % GROUP_STEPS == 0) pairs = load_group(record, step / GROUP_STEPS, g);
-                    weights_of(operands[at], words, step % HALF_STEPS, pairs, magic, column);
+                    for (int at = 0; at < BATCH; ++at) {
+                        int step = batch * BATCH + at;
+                        if (step % GROUP_STEPS == 0) pairs = load_group(record, step / GROUP_STEPS, g);
+                        weights_of(operands[at], words, step % HALF_STEPS, pairs, magic, column);
+                    }
+                    if (batch == 0) barrier_wait(base + FULL_AT + stage * 8, parity);
+                    wgmma_fence();
+#pragma unroll
+                    for (int at = 0; at < BATCH; ++at)
+                        wgmma(acc, operands[at], x_tiles + (stage * X_STAGE + batch / BATCHES * X_TILE) / 16 + 2 * ((batch * BATCH + at) % HALF_STEPS));
+                    wgmma_commit();
                 }
-                if (batch == 0) barrier_wait(base + FULL_AT + stage * 8, parity);
-                wgmma_fence();
-#pragma unroll
-                for (int at = 0; at < BATCH; ++at)
-                    wgmma(acc, operands[at], x_tiles + (stage * X_STAGE + batch / BATCHES * X_TILE) / 16 + 2 * ((batch * BATCH + at) % HALF_STEPS));
-                wgmma_commit();
+                __syncwarp();
+                fetch(i + STAGES, stage);
             }
+        }
+        wgmma_wait<0>();
+        for (int i = end; i < position; ++i) {  // the empty steps of the last round
+            const int stage = i % STAGES;
+            ask_for_x(i, stage, parity, index);
+            if (lane == 0) barrier_arrive(base + EMPTY_AT + (stage + STAGES - 1) % STAGES * 8);
+            barrier_wait(arrivals + 8 * stage, parity);
+            barrier_wait(base + FULL_AT + stage * 8, parity);
             __syncwarp();
             fetch(i + STAGES, stage);
         }
-    }
-    wgmma_wait<0>();
-    __syncthreads();  // nobody needs x or records any more: their place takes the sums
-    float* sums = reinterpret_cast<float*>(shared);
+        const Piece piece = pieces[index];
+        if (piece.step + piece.left < per_strip) hand_on(acc, partial, warp, lane);
+        else {
+            const int tile = piece.unit * token_tiles + piece.first_token / TOKENS;
+            if (piece.step > 0) take_over(acc, partial, schedule.block_of(tile * per_strip), warp, lane);
+            store(acc, unit_scale, bias, y, M, N, (piece.unit * WARPS + warp) * STRIP, piece.first_token, lane);
+        }
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i)
-        sums[(i / 4 * 8 + 2 * (lane % 4) + i % 2) * SUM_PITCH + 16 * warp + g + i % 4 / 2 * 8] = acc[i];
-    if (splits > 1) cluster_sync();
-    else __syncthreads();
-    finish(factor, bias, y, M, N, splits, unit, rank, first_token);
-    if (splits > 1) cluster_sync();  // nobody leaves while others read its sums
+        for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.f;
+    }
 }

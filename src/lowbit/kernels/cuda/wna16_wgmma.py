@@ -1,8 +1,8 @@
 """Launches of wna16_wgmma.cu: from a few tokens to some thousand, on sm_90.
 
-A block multiplies 64 rows a warpgroup by a tile of tokens, over a slice of K. Slices of one unit of rows are a cluster,
-so the plan asks the driver how many clusters of a size run at once, and takes the slices for which the longest chain of
-blocks on a multiprocessor is shortest.
+A block multiplies tiles of 64 rows a warpgroup by some tokens. All blocks get the same number of steps along K, so a
+tile may be split anywhere; then its sums pass from block to block through memory. A plan says which tile, how many
+blocks, and how many whole tiles each block does besides.
 """
 
 from dataclasses import dataclass
@@ -18,53 +18,46 @@ from lowbit.kernels.cuda.wna16_layout import Defines, fast, form_defines
 from lowbit.kernels.layout import FastForm, FastWeight, form_refusal
 from lowbit.tensors import PackedWeight
 
-_PARAMETERS = "P128sPPPPiiiii"
-_MOST_SPLITS = 8  # blocks in a cluster that every GPU with clusters can run
+_PARAMETERS = "P128sPPPPPiiiii"
 _TABLE_BYTES = 32 * 1024
+_MOST_PIECES, _PIECES_BYTES = 96, 1920  # of tiles in one block; a list of them lies in shared memory
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM.
-
-    paired: two blocks share 7 x 64 rows, 448, where whole blocks would leave multiprocessors idle.
-    """
+    """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM."""
 
     tokens: int
     warpgroups: int
     stages: int
     blocks: int
-    paired: bool = False
 
     @property
     def rows(self) -> int:
         return 64 * self.warpgroups
 
-    @property
-    def unit_rows(self) -> int:
-        """Rows of a cluster."""
-        return 448 if self.paired else self.rows
-
     def shared_bytes(self, form: FastForm) -> int:
-        """Shared memory as wna16_wgmma.cu lays it out: x and records, or the sums in their place; barriers, table."""
+        """Shared memory as wna16_wgmma.cu lays it out: x, records, barriers, pieces, table."""
         warps = 4 * self.warpgroups
         work = self.stages * (self.tokens * 256 + warps * form.record_bytes)
         barriers = 8 * self.stages * (warps + 2)
-        table = _TABLE_BYTES if form.codes == "lut" else 0
-        return _aligned(_aligned(max(work, self.tokens * (self.rows + 4) * 4)) + barriers) + table
+        return _aligned(_aligned(work) + barriers) + _PIECES_BYTES + (_TABLE_BYTES if form.codes == "lut" else 0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: the tile, its kernel, grid, threads and shared memory; slices of K (a cluster), tiles of tokens."""
+    """One launch: tile, kernel, blocks; whole tiles that each block does besides its share of the rest; tiles of tokens.
+
+    partial_bytes: of sums that pass from block to block, 0 where no tile is split.
+    """
 
     tile: Tile
     kernel: Kernel
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
+    blocks: int
     shared_bytes: int
-    splits: int
+    waves: int
     token_tiles: int
+    partial_bytes: int
 
 
 def _aligned(size: int) -> int:
@@ -100,57 +93,57 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
     plan = plan_of(weight.form, shape, tokens, x.dtype, x.device)
     levels = weight.levels[x.dtype].data_ptr() if weight.levels is not None else 0
     x_map = tensor_map(x.data_ptr(), tokens, 2 * columns, plan.tile.tokens)
+    partial = x.new_empty(plan.partial_bytes, dtype=torch.uint8) if plan.partial_bytes else None
     tensors = (weight.records.data_ptr(), x_map, levels, weight.factor.data_ptr())
-    results = (0 if bias is None else bias.data_ptr(), y.data_ptr())
-    arguments = (*tensors, *results, tokens, rows, columns, plan.splits, plan.token_tiles)
+    results = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 0 if partial is None else partial.data_ptr())
+    arguments = (*tensors, *results, tokens, rows, columns, plan.waves, plan.token_tiles)
     overlaps, stream = gpu_of(x.device).overlaps_launches, current_stream(x.device)
-    plan.kernel.launch(plan.grid, plan.block, arguments, plan.shared_bytes, stream, overlaps, plan.splits)
+    grid, block = (plan.blocks, 1, 1), (128 * plan.tile.warpgroups, 1, 1)
+    plan.kernel.launch(grid, block, arguments, plan.shared_bytes, stream, overlaps)
     return y
 
 
 @cache
 def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """The launch for a weight [N, K] of this form and `tokens` rows of x."""
-    plans = [
-        plan_for(tile, form, shape, tokens, dtype, device, splits)
-        for tile in tiles_of(form, tokens)
-        for splits in ([2] if tile.paired else range(1, min(_MOST_SPLITS, -(-shape[1] // 128)) + 1))
+    processors = gpu_of(device).processors
+    choices = [
+        (_cost_us(tile, shape, tokens, blocks, processors), index, tile, blocks)
+        for index, tile in enumerate(tiles_of(form, tokens))
+        for blocks in blocks_of(tile, shape, tokens, processors)
     ]
-    return min(plans, key=lambda plan: _cost_us(plan, -(-shape[1] // 128), gpu_of(device).processors))
+    _, _, tile, blocks = min(choices)
+    return plan_for(tile, form, shape, tokens, dtype, device, blocks)
 
 
 def plan_for(
     tile: Tile, form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device,
-    splits: int,
+    blocks: int,
 ) -> Plan:  # fmt: skip
-    """The launch with a given tile and number of slices."""
+    """The launch with a given tile and number of blocks, of which there are at most as many as steps."""
     shared = tile.shared_bytes(form)
-    defines = wgmma_defines(form, dtype, tile)
-    kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, defines, shared)
-    token_tiles = -(-tokens // tile.tokens)
-    grid = (-(-shape[0] // tile.unit_rows) * token_tiles * splits, 1, 1)
-    return Plan(tile, kernel, grid, (128 * tile.warpgroups, 1, 1), shared, splits, token_tiles)
+    kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, wgmma_defines(form, dtype, tile), shared)
+    waves, whole = waves_of(tiles_in(tile, shape, tokens), blocks)
+    partial = 0 if whole else blocks * (tile.rows * tile.tokens * 4 + 8 * 4 * tile.warpgroups)
+    return Plan(tile, kernel, blocks, shared, waves, -(-tokens // tile.tokens), partial)
 
 
-# A step of 128 columns of a multiprocessor's blocks, by tokens and warpgroups; fitted, as _cost_us' other numbers, to
-# bench/results/wna16_tiles_h200.json, where the plan that this picks is within 7% of the best at every shape and M
-_STEP_US = {
-    (16, 4): 0.69, (32, 4): 0.77, (64, 4): 0.97, (128, 4): 1.35,
-    (16, 2): 0.92, (32, 2): 1.03, (64, 2): 0.97, (128, 2): 0.76,
-}  # fmt: skip
+def tiles_in(tile: Tile, shape: tuple[int, int], tokens: int) -> int:
+    """Tiles of the product of a weight [N, K] with `tokens` rows of x."""
+    return -(-shape[0] // tile.rows) * -(-tokens // tile.tokens)
 
 
-def _cost_us(plan: Plan, records: int, processors: int) -> float:
-    """Microseconds that a plan should take on an H200: rounds of clusters, each a start, a slice of K and the sums."""
-    tile, at_once = plan.tile, processors * plan.tile.blocks
-    if plan.splits > 1:
-        at_once = plan.kernel.clusters_at_once(plan.block, plan.shared_bytes, plan.splits)
-    rounds = -(-plan.grid[0] // plan.splits // max(at_once, 1))
-    step = _STEP_US[tile.tokens, tile.warpgroups]
-    if tile.paired:
-        return rounds * (records * step * 0.9 + 6.0)
-    added = 0.017 * tile.tokens * tile.rows / 256 * (plan.splits - 1)
-    return rounds * (-(-records // plan.splits) * step + 3.5 + added)
+def waves_of(tiles: int, blocks: int) -> tuple[int, bool]:
+    """How many whole tiles each block does, at least one tile's work a block left to share; or all, and True."""
+    return (tiles // blocks, True) if tiles % blocks == 0 else (max(tiles // blocks - 1, 0), False)
+
+
+def blocks_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int) -> list[int]:
+    """Numbers of blocks worth trying: all that run at once, and those that split each tile evenly."""
+    tiles, steps, most = tiles_in(tile, shape, tokens), -(-shape[1] // 128), processors * tile.blocks
+    even = [tiles * parts for parts in range(1, min(steps, most // max(tiles, 1)) + 1)]
+    least = -(-tiles // (_MOST_PIECES - 4))  # beyond thousands of tokens more blocks than run at once
+    return sorted({max(least, min(at_once, tiles * steps)) for at_once in (processors, most)} | set(even))
 
 
 def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
@@ -158,12 +151,28 @@ def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
     wanted = next((size for size in (16, 32, 64) if tokens <= size), 128)
     stages = 3 if wanted == 128 or form.codes == "int8" else 4
     half = Tile(wanted, 2, stages, 1 if wanted == 128 or form.codes == "lut" else 2)
-    whole = (Tile(wanted, 4, stages, 1), half)
-    return (*whole, Tile(wanted, 4, stages, 1, paired=True)) if wanted >= 64 else whole
+    return (Tile(wanted, 4, stages, 1), half)
+
+
+# A step of 128 columns of a multiprocessor's blocks, by tokens and warpgroups
+_STEP_US = {
+    (16, 4): 0.69, (32, 4): 0.77, (64, 4): 0.97, (128, 4): 1.35,
+    (16, 2): 0.92, (32, 2): 1.03, (64, 2): 0.97, (128, 2): 0.76,
+}  # fmt: skip
+
+
+def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, blocks: int, processors: int) -> float:
+    """Microseconds that a launch should take on an H200: a start, the longest block's steps, the sums it takes over."""
+    tiles, steps = tiles_in(tile, shape, tokens), -(-shape[1] // 128)
+    waves, whole = waves_of(tiles, blocks)
+    shared = (tiles - waves * blocks) * steps
+    longest = -(-shared // blocks) + waves * steps
+    taken = 0.0 if whole else 1.0 + 0.6 * tile.tokens * tile.rows / 16384 * min(steps, -(-blocks * steps // shared))
+    return longest * _STEP_US[tile.tokens, tile.warpgroups] + 3.5 + taken
 
 
 def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
     """The defines that compile wna16_wgmma.cu."""
-    tiles = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups), ("PAIRED", int(tile.paired)))
+    tiles = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups))
     shape = (*tiles, ("STAGES", tile.stages), ("BLOCKS", tile.blocks))
     return (*form_defines(form), ("XTYPE", int(dtype == torch.bfloat16)), *shape)
