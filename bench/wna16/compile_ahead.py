@@ -10,11 +10,11 @@ from multiprocessing import get_context
 from unittest.mock import patch
 
 import torch
+from sweep import TILES
 
 from lowbit.kernels.cuda import compiler, wna16_dequantize, wna16_layout, wna16_mma, wna16_wgmma
 from lowbit.kernels.cuda.device import Gpu
 from lowbit.kernels.layout import FastForm
-from sweep import TILES
 
 H200 = Gpu((9, 0), 132, 232448)
 FORMS = (

@@ -46,7 +46,7 @@ def main() -> None:
                     plan = wna16_wgmma.plan_for(tile, form, size, count, x.dtype, x.device, blocks)
                     wna16_wgmma.plan_of = lambda *arguments, plan=plan: plan
                     error = bench.relative_error(candidate, x, weights[0])
-                    us = graph_us([lambda w=w: wna16_wgmma.linear(x, w, None) for w in weights], 8.0)
+                    us = graph_us([lambda w=w, x=x: wna16_wgmma.linear(x, w, None) for w in weights], 8.0)
                     mark = "*" if (tile, blocks) == (chosen.tile, chosen.blocks) else ""
                     print(f"{shape} M={count} {tile} blocks {blocks}: {us:.2f} us error {error:.1e} {mark}", flush=True)
                     rows.append({"shape": shape, "M": count, **vars(tile), "grid": blocks, "us": us, "error": error})

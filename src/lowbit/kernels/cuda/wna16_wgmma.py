@@ -46,9 +46,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: tile, kernel, blocks; whole tiles that each block does besides its share of the rest; tiles of tokens.
+    """One launch: tile, kernel, blocks, tiles of tokens.
 
-    partial_bytes: of sums that pass from block to block, 0 where no tile is split.
+    waves: whole tiles that each block does besides its share of the rest. partial_bytes: of sums that pass from block
+    to block, 0 where no tile is split.
     """
 
     tile: Tile
