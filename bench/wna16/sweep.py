@@ -1,6 +1,6 @@
 """Every plan of wna16_wgmma.cu worth a thought, timed and checked: python sweep.py OUT.json SECONDS SHAPES TOKENS
 
-A plan is a tile and a number of blocks. Rows: shape, M, tile, blocks, us, relative error against float64.
+A plan is a tile and a number of workers. Rows: shape, M, tile, workers, us, relative error against float64.
 """
 
 import json
@@ -22,8 +22,8 @@ from lowbit.numerics.scheme import QuantScheme
 TILES = {
     16: (Tile(16, 4, 4, 1), Tile(16, 4, 4, 2), Tile(16, 2, 4, 2)),
     32: (Tile(32, 4, 4, 1), Tile(32, 4, 4, 2), Tile(32, 2, 4, 2)),
-    64: (Tile(64, 4, 4, 1), Tile(64, 2, 4, 2)),
-    128: (Tile(128, 4, 3, 1), Tile(128, 2, 3, 1), Tile(128, 4, 4, 1)),
+    64: (Tile(64, 4, 4, 1), Tile(64, 4, 4, 1, 2), Tile(64, 2, 4, 2)),
+    128: (Tile(128, 4, 3, 1), Tile(128, 4, 3, 1, 2), Tile(128, 2, 3, 1), Tile(128, 4, 4, 1)),
 }
 
 
@@ -41,15 +41,20 @@ def main() -> None:
             candidate = Candidate("cuda_wgmma", wna16_wgmma.linear, wna16_wgmma.refusal)
             for tile in TILES[next((t for t in (16, 32, 64) if count <= t), 128)]:
                 processors = gpu_of(x.device).processors
-                worth = wna16_wgmma.blocks_of(tile, size, count, processors)
-                for blocks in (b for b in worth if b > 0.8 * processors and (b <= processors or b > 1.9 * processors)):
-                    plan = wna16_wgmma.plan_for(tile, form, size, count, x.dtype, x.device, blocks)
+                worth = wna16_wgmma.workers_of(tile, size, count, processors)
+                once = processors // tile.cluster
+                for workers in (n for n in worth if n > 0.8 * once and (n <= once or n > 1.9 * once)):
+                    plan = wna16_wgmma.plan_for(tile, form, size, count, x.dtype, x.device, workers)
                     wna16_wgmma.plan_of = lambda *arguments, plan=plan: plan
                     error = bench.relative_error(candidate, x, weights[0])
                     us = graph_us([lambda w=w, x=x: wna16_wgmma.linear(x, w, None) for w in weights], 8.0)
-                    mark = "*" if (tile, blocks) == (chosen.tile, chosen.blocks) else ""
-                    print(f"{shape} M={count} {tile} blocks {blocks}: {us:.2f} us error {error:.1e} {mark}", flush=True)
-                    rows.append({"shape": shape, "M": count, **vars(tile), "grid": blocks, "us": us, "error": error})
+                    mark = "*" if (tile, workers) == (chosen.tile, chosen.workers) else ""
+                    print(
+                        f"{shape} M={count} {tile} workers {workers}: {us:.2f} us error {error:.1e} {mark}", flush=True
+                    )
+                    rows.append(
+                        {"shape": shape, "M": count, **vars(tile), "workers": workers, "us": us, "error": error}
+                    )
                     Path(path).write_text(json.dumps(rows), encoding="utf-8")
                     if time.time() > deadline:
                         return

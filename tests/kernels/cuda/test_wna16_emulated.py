@@ -106,6 +106,17 @@ WGMMA = (
 )
 
 
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_two_blocks_of_wgmma_may_share_x(
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, workers: int, eager: bool
+) -> None:
+    emulate(900, eager)
+    monkeypatch.setattr(wna16_wgmma, "tiles_of", lambda form, tokens: (wna16_wgmma.Tile(16, 4, 3, 1, cluster=2),))
+    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [workers])
+    check(wna16_wgmma._linear, "w4a16-g64-asym", (20, 880, 1024), BFLOAT)
+
+
 @pytest.mark.parametrize(("eager", "processors", "scheme", "shape", "dtype"), WGMMA)
 def test_wgmma_computes_the_product(
     emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, processors: int, scheme: str,
@@ -114,7 +125,7 @@ def test_wgmma_computes_the_product(
     emulate(900, eager)
     gpu = Gpu((9, 0), processors, 232448)
     monkeypatch.setattr(wna16_wgmma, "gpu_of", lambda device: gpu)
-    monkeypatch.setattr(wna16_wgmma, "blocks_of", lambda tile, *sizes: [processors])
+    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [processors])
     check(wna16_wgmma._linear, scheme, shape, dtype)
 
 

@@ -28,6 +28,14 @@ DEVICE void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrie
                  ::"r"(to), "l"(map), "r"(byte), "r"(row), "r"(barrier) : "memory");
 }
 
+// the same into the same place of both blocks of a cluster, counted on the barrier of each
+DEVICE void copy_box_to_both(u32 to, const TensorMap* map, int byte, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(to), "l"(map), "r"(byte), "r"(row), "r"(barrier), "h"(static_cast<u16>(3)) : "memory");
+}
+
 // two products, each rounded to nearest even
 DEVICE u32 mul2(u32 a, u32 b) {
     u32 d;

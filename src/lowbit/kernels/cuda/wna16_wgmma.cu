@@ -18,10 +18,11 @@
 // Every multiprocessor gets the same number of steps (128 columns of one tile), wherever tiles begin and end (stream-K,
 // arXiv:2301.03598); see Schedule. Nothing waits for a whole block, neither at a step nor at the end of a tile: a warp's
 // sums stay in its registers, go to memory where another block finishes the tile, and come from there in the same order.
+// CLUSTER 2: two blocks work as one of twice the rows; each brings half of x, into both, for x comes from the L2.
 #include "wgmma_half.cuh"
 #include "wna16_record.cuh"
 
-// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; STAGES (3 or 4) records of a warp and stages of x in flight
+// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; STAGES (3 or 4) records of a warp and stages of x in flight; CLUSTER 1 or 2
 constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS, UNIT_ROWS = 16 * WARPS;
 constexpr int X_TILE = TOKENS * 128, X_STAGE = 2 * X_TILE;  // bytes
 constexpr int RING_AT = STAGES * X_STAGE;
@@ -137,31 +138,31 @@ DEVICE u64* flag_of(float4* partial, int block, int warp) {
     return reinterpret_cast<u64*>(sums_of(partial, gridDim.x, 0, 0)) + block * WARPS + warp;
 }
 
-DEVICE void hand_on(const Sums& acc, float4* partial, int warp, int lane) {
-    float4* to = sums_of(partial, blockIdx.x, warp, lane);
+DEVICE void hand_on(const Sums& acc, float4* partial, int block, int warp, int lane) {
+    float4* to = sums_of(partial, block, warp, lane);
 #pragma unroll
     for (int i = 0; i < TOKENS / 8; ++i) to[32 * i] = {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]};
     __syncwarp();
-    if (lane == 0) raise_flag(flag_of(partial, blockIdx.x, warp));
+    if (lane == 0) raise_flag(flag_of(partial, block, warp));
 }
 
-// acc += the sums that blocks `first` to this one - 1 have handed on: added up from the first, acc last
-DEVICE void take_over(Sums& acc, float4* partial, int first, int warp, int lane) {
-    const int count = blockIdx.x - first;
-    for (int i = lane; i < count; i += 32) await_flag(flag_of(partial, first + i, warp));
+// acc += the sums that `count` blocks, the last of them `last`, have handed on: added up from the first, acc last
+DEVICE void take_over(Sums& acc, float4* partial, int last, int count, int warp, int lane) {
+    const int first = last - CLUSTER * (count - 1);
+    for (int i = lane; i < count; i += 32) await_flag(flag_of(partial, first + CLUSTER * i, warp));
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < TOKENS / 8; ++i) {
         float4 total = load_fresh(sums_of(partial, first, warp, lane) + 32 * i);
 #pragma unroll 4
         for (int from = 1; from < count; ++from) {
-            float4 more = load_fresh(sums_of(partial, first + from, warp, lane) + 32 * i);
+            float4 more = load_fresh(sums_of(partial, first + CLUSTER * from, warp, lane) + 32 * i);
             total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
         }
         acc[4 * i] += total.x, acc[4 * i + 1] += total.y, acc[4 * i + 2] += total.z, acc[4 * i + 3] += total.w;
     }
     __syncwarp();
-    for (int i = lane; i < count; i += 32) *flag_of(partial, first + i, warp) = 0;  // as the next launch wants it
+    for (int i = lane; i < count; i += 32) *flag_of(partial, first + CLUSTER * i, warp) = 0;  // for the next launch
 }
 
 // y of a warp's 16 rows from `row` on: two of its 8 x 8 pieces turned over, a lane has two rows of one token
@@ -197,10 +198,11 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
     let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int strips = (N + STRIP - 1) / STRIP, per_strip = (K + RECORD_K - 1) / RECORD_K;
-    const int tiles = (N + UNIT_ROWS - 1) / UNIT_ROWS * token_tiles;
-    const Schedule schedule = {static_cast<int>(gridDim.x), per_strip, tiles - waves * static_cast<int>(gridDim.x), token_tiles};
+    const int tiles = (N + CLUSTER * UNIT_ROWS - 1) / (CLUSTER * UNIT_ROWS) * token_tiles;
+    const int workers = gridDim.x / CLUSTER, worker = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+    const Schedule schedule = {workers, per_strip, tiles - waves * workers, token_tiles};
     Piece* pieces = reinterpret_cast<Piece*>(shared + PIECES_AT);
-    if (threadIdx.x < MOST_PIECES) pieces[threadIdx.x] = schedule.piece(blockIdx.x, threadIdx.x, waves);
+    if (threadIdx.x < MOST_PIECES) pieces[threadIdx.x] = schedule.piece(worker, threadIdx.x, waves);
     const u32 base = shared_address(shared), arrivals = base + BARRIERS_AT + warp * STAGES * 8;
     const u32 ring = base + RING_AT + warp * STAGES * RECORD_BYTES;
     const u64 policy = token_tiles == 1 ? evict_first_policy() : evict_last_policy();
@@ -209,7 +211,7 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
     auto fetch = [&](int i, int slot) {
         if (i == next_start) {
             const Piece piece = pieces[next_piece++];
-            const int strip = min(piece.unit * WARPS + warp, strips - 1);
+            const int strip = min((piece.unit * CLUSTER + rank) * WARPS + warp, strips - 1);
             next = records + (static_cast<size_t>(strip) * per_strip + piece.step) * RECORD_BYTES;
             next_left = piece.left, next_start = piece.left ? i + Schedule::rounded(piece.left) : -1;
         }
@@ -223,11 +225,12 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         for (int i = 0; i < STAGES; ++i) barrier_init(arrivals + 8 * i, 1);
         for (int i = 0; warp == 0 && i < STAGES; ++i) {
             barrier_init(base + FULL_AT + 8 * i, 1);
-            barrier_init(base + EMPTY_AT + 8 * i, WARPS);
+            barrier_init(base + EMPTY_AT + 8 * i, CLUSTER * WARPS);
         }
         barrier_init_fence();
     }
-    __syncthreads();
+    if (CLUSTER > 1) cluster_sync();  // before anything arrives from the other block
+    else __syncthreads();
     for (int i = 0; i < STAGES; ++i) fetch(i, i);
     if constexpr (IS_LUT)  // one byte -> two levels, a copy for each lane
         for (int i = threadIdx.x; i < TABLE_WORDS; i += THREADS)
@@ -242,6 +245,10 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         const int ahead = i - piece.start, byte = (piece.step + ahead) * RECORD_K * 2;
         if (ahead >= piece.left) return barrier_arrive(full);
         barrier_expect(full, X_STAGE);
+        if constexpr (CLUSTER > 1) {  // half of it, into both blocks
+            copy_box_to_both(to + rank * X_TILE, &x, byte + rank * 128, piece.first_token, full);
+            return;
+        }
         copy_box(to, &x, byte, piece.first_token, full);
         copy_box(to + X_TILE, &x, byte + 128, piece.first_token, full);
     };
@@ -251,6 +258,10 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         if (i >= LAST)
             barrier_wait(base + EMPTY_AT + (stage + X_AHEAD) % STAGES * 8, stage < LAST ? parity ^ 1 : parity);
         fetch_x(i + X_AHEAD, (stage + X_AHEAD) % STAGES, index);
+    };
+    auto release = [&](int stage) {  // of x, by a warp that has done with it, in both blocks
+        if (CLUSTER == 1 && lane == 0) barrier_arrive(base + EMPTY_AT + stage * 8);
+        if (CLUSTER > 1 && lane < CLUSTER) barrier_arrive_at(base + EMPTY_AT + stage * 8, lane);
     };
     if (threadIdx.x == 0)
         for (int i = 0; i < X_AHEAD; ++i) fetch_x(i, i, 0);
@@ -279,7 +290,7 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
                     u32(&operands)[BATCH][4] = a[batch % 2];
                     if (batch % BATCHES == 0) load_codes(words, record, batch / BATCHES, lane);
                     wgmma_wait<1>();  // of the batch before the last, whose registers these are
-                    if (batch == 1 && i > 0 && lane == 0) barrier_arrive(base + EMPTY_AT + (stage + STAGES - 1) % STAGES * 8);
+                    if (batch == 1 && i > 0) release((stage + STAGES - 1) % STAGES);
 #pragma unroll
                     for (int at = 0; at < BATCH; ++at) {
                         int step = batch * BATCH + at;
@@ -301,20 +312,22 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         for (int i = end; i < position; ++i) {  // the empty steps of the last round
             const int stage = i % STAGES;
             ask_for_x(i, stage, parity, index);
-            if (lane == 0) barrier_arrive(base + EMPTY_AT + (stage + STAGES - 1) % STAGES * 8);
+            release((stage + STAGES - 1) % STAGES);
             barrier_wait(arrivals + 8 * stage, parity);
             barrier_wait(base + FULL_AT + stage * 8, parity);
             __syncwarp();
             fetch(i + STAGES, stage);
         }
         const Piece piece = pieces[index];
-        if (piece.step + piece.left < per_strip) hand_on(acc, partial, warp, lane);
+        if (piece.step + piece.left < per_strip) hand_on(acc, partial, blockIdx.x, warp, lane);
         else {
             const int tile = piece.unit * token_tiles + piece.first_token / TOKENS;
-            if (piece.step > 0) take_over(acc, partial, schedule.block_of(tile * per_strip), warp, lane);
-            store(acc, unit_scale, bias, y, M, N, (piece.unit * WARPS + warp) * STRIP, piece.first_token, lane);
+            const int others = piece.step > 0 ? worker - schedule.block_of(tile * per_strip) : 0;
+            if (others > 0) take_over(acc, partial, blockIdx.x - CLUSTER, others, warp, lane);
+            const int row = ((piece.unit * CLUSTER + rank) * WARPS + warp) * STRIP;
+            store(acc, unit_scale, bias, y, M, N, row, piece.first_token, lane);
         }
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.f;
-    }
+    }    if (CLUSTER > 1) cluster_sync();  // nobody leaves while the other block may arrive here
 }

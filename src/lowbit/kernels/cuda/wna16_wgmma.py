@@ -1,8 +1,8 @@
 """Launches of wna16_wgmma.cu: from a few tokens to some thousand, on sm_90.
 
-A block multiplies tiles of 64 rows a warpgroup by some tokens. All blocks get the same number of steps along K, so a
-tile may be split anywhere; then its sums pass from block to block through memory. A plan says which tile, how many
-blocks, and how many whole tiles each block does besides.
+A worker, one block or a cluster of two, multiplies tiles of 64 rows a warpgroup by some tokens. All workers get the same
+number of steps along K, so a tile may be split anywhere; then its sums pass from worker to worker through memory. A plan
+says which tile, how many workers, and how many whole tiles each does besides.
 """
 
 from dataclasses import dataclass
@@ -25,16 +25,21 @@ _MOST_PIECES, _PIECES_BYTES = 96, 1920  # of tiles in one block; a list of them 
 
 @dataclass(frozen=True)
 class Tile:
-    """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM."""
+    """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM.
+
+    cluster: blocks (1 or 2) that work as one of so many times the rows, and share x.
+    """
 
     tokens: int
     warpgroups: int
     stages: int
     blocks: int
+    cluster: int = 1
 
     @property
     def rows(self) -> int:
-        return 64 * self.warpgroups
+        """Rows of a tile."""
+        return 64 * self.warpgroups * self.cluster
 
     def shared_bytes(self, form: FastForm) -> int:
         """Shared memory as wna16_wgmma.cu lays it out: x, records, barriers, pieces, table."""
@@ -46,15 +51,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: tile, kernel, blocks, tiles of tokens.
+    """One launch: tile, kernel, workers, tiles of tokens.
 
-    waves: whole tiles that each block does besides its share of the rest. partial_bytes: of sums that pass from block
-    to block, 0 where no tile is split.
+    waves: whole tiles that each worker does besides its share of the rest. partial_bytes: of sums that pass from worker
+    to worker, 0 where no tile is split.
     """
 
     tile: Tile
     kernel: Kernel
-    blocks: int
+    workers: int
     shared_bytes: int
     waves: int
     token_tiles: int
@@ -99,8 +104,8 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
     results = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 0 if partial is None else partial.data_ptr())
     arguments = (*tensors, *results, tokens, rows, columns, plan.waves, plan.token_tiles)
     overlaps, stream = gpu_of(x.device).overlaps_launches, current_stream(x.device)
-    grid, block = (plan.blocks, 1, 1), (128 * plan.tile.warpgroups, 1, 1)
-    plan.kernel.launch(grid, block, arguments, plan.shared_bytes, stream, overlaps)
+    grid, block = (plan.workers * plan.tile.cluster, 1, 1), (128 * plan.tile.warpgroups, 1, 1)
+    plan.kernel.launch(grid, block, arguments, plan.shared_bytes, stream, overlaps, plan.tile.cluster)
     return y
 
 
@@ -109,24 +114,24 @@ def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dt
     """The launch for a weight [N, K] of this form and `tokens` rows of x."""
     processors = gpu_of(device).processors
     choices = [
-        (_cost_us(tile, shape, tokens, blocks, processors), index, tile, blocks)
+        (_cost_us(tile, shape, tokens, workers, processors), index, workers, tile)
         for index, tile in enumerate(tiles_of(form, tokens))
-        for blocks in blocks_of(tile, shape, tokens, processors)
+        for workers in workers_of(tile, shape, tokens, processors)
     ]
-    _, _, tile, blocks = min(choices)
-    return plan_for(tile, form, shape, tokens, dtype, device, blocks)
+    _, _, workers, tile = min(choices)
+    return plan_for(tile, form, shape, tokens, dtype, device, workers)
 
 
 def plan_for(
     tile: Tile, form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device,
-    blocks: int,
+    workers: int,
 ) -> Plan:  # fmt: skip
-    """The launch with a given tile and number of blocks, of which there are at most as many as steps."""
+    """The launch with a given tile and number of workers, of which there are at most as many as steps."""
     shared = tile.shared_bytes(form)
     kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, wgmma_defines(form, dtype, tile), shared)
-    waves, whole = waves_of(tiles_in(tile, shape, tokens), blocks)
-    partial = 0 if whole else blocks * (tile.rows * tile.tokens * 4 + 8 * 4 * tile.warpgroups)
-    return Plan(tile, kernel, blocks, shared, waves, -(-tokens // tile.tokens), partial)
+    waves, whole = waves_of(tiles_in(tile, shape, tokens), workers)
+    partial = 0 if whole else workers * (tile.rows * tile.tokens * 4 + tile.rows // 16 * 8)  # sums, flags of warps
+    return Plan(tile, kernel, workers, shared, waves, -(-tokens // tile.tokens), partial)
 
 
 def tiles_in(tile: Tile, shape: tuple[int, int], tokens: int) -> int:
@@ -134,17 +139,19 @@ def tiles_in(tile: Tile, shape: tuple[int, int], tokens: int) -> int:
     return -(-shape[0] // tile.rows) * -(-tokens // tile.tokens)
 
 
-def waves_of(tiles: int, blocks: int) -> tuple[int, bool]:
-    """How many whole tiles each block does, at least one tile's work a block left to share; or all, and True."""
-    return (tiles // blocks, True) if tiles % blocks == 0 else (max(tiles // blocks - 1, 0), False)
+def waves_of(tiles: int, workers: int) -> tuple[int, bool]:
+    """How many whole tiles each worker does, at least a tile's work each left to share; or all, and True."""
+    return (tiles // workers, True) if tiles % workers == 0 else (max(tiles // workers - 1, 0), False)
 
 
-def blocks_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int) -> list[int]:
-    """Numbers of blocks worth trying: all that run at once, and those that split each tile evenly."""
-    tiles, steps, most = tiles_in(tile, shape, tokens), -(-shape[1] // 128), processors * tile.blocks
+def workers_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int) -> list[int]:
+    """Numbers of workers worth trying: all that run at once, and those that split each tile evenly."""
+    tiles, steps = tiles_in(tile, shape, tokens), -(-shape[1] // 128)
+    one_each = processors // tile.cluster
+    most = one_each * tile.blocks
     even = [tiles * parts for parts in range(1, min(steps, most // max(tiles, 1)) + 1)]
-    least = -(-tiles // (_MOST_PIECES - 4))  # beyond thousands of tokens more blocks than run at once
-    return sorted({max(least, min(at_once, tiles * steps)) for at_once in (processors, most)} | set(even))
+    least = -(-tiles // (_MOST_PIECES - 4))  # beyond thousands of tokens more workers than run at once
+    return sorted({max(least, min(at_once, tiles * steps)) for at_once in (one_each, most)} | set(even))
 
 
 def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
@@ -162,18 +169,21 @@ _STEP_US = {
 }  # fmt: skip
 
 
-def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, blocks: int, processors: int) -> float:
-    """Microseconds that a launch should take on an H200: a start, the longest block's steps, the sums it takes over."""
+def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, processors: int) -> float:
+    """Microseconds that a launch should take on an H200: a start, the longest worker's steps, the sums it takes over."""
     tiles, steps = tiles_in(tile, shape, tokens), -(-shape[1] // 128)
-    waves, whole = waves_of(tiles, blocks)
-    shared = (tiles - waves * blocks) * steps
-    longest = -(-shared // blocks) + waves * steps
-    taken = 0.0 if whole else 1.0 + 0.6 * tile.tokens * tile.rows / 16384 * min(steps, -(-blocks * steps // shared))
-    return longest * _STEP_US[tile.tokens, tile.warpgroups] + 3.5 + taken
+    waves, whole = waves_of(tiles, workers)
+    shared = (tiles - waves * workers) * steps
+    longest = -(-shared // workers) + waves * steps
+    taken = (
+        0.0 if whole else 1.0 + 0.6 * tile.tokens * tile.warpgroups / 256 * min(steps, -(-workers * steps // shared))
+    )
+    at_once = -(-workers * tile.cluster // processors)  # of a multiprocessor; _STEP_US holds for all it can have
+    return longest * _STEP_US[tile.tokens, tile.warpgroups] * at_once / tile.blocks + 3.5 + taken
 
 
 def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
     """The defines that compile wna16_wgmma.cu."""
     tiles = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups))
-    shape = (*tiles, ("STAGES", tile.stages), ("BLOCKS", tile.blocks))
+    shape = (*tiles, ("STAGES", tile.stages), ("BLOCKS", tile.blocks), ("CLUSTER", tile.cluster))
     return (*form_defines(form), ("XTYPE", int(dtype == torch.bfloat16)), *shape)
