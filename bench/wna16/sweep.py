@@ -1,6 +1,6 @@
 """Every plan of wna16_wgmma.cu worth a thought, timed and checked: python sweep.py OUT.json SECONDS SHAPES TOKENS
 
-A plan is a tile and a number of workers. Rows: shape, M, tile, workers, us, relative error against float64.
+A plan is a tile and a number of workers. Rows: shape, M, tile, workers, spread, us, relative error against float64.
 """
 
 import json
@@ -43,17 +43,26 @@ def main() -> None:
                 processors = gpu_of(x.device).processors
                 worth = wna16_wgmma.workers_of(tile, size, count, processors)
                 once = processors // tile.cluster
-                for workers in (n for n in worth if n > 0.8 * once and (n <= once or n > 1.9 * once)):
-                    plan = wna16_wgmma.plan_for(tile, form, size, count, x.dtype, x.device, workers)
+                for workers, spread in (n for n in worth if 0.8 * once < n[0] <= once or n[0] > 1.9 * once):
+                    plan = wna16_wgmma.plan_for(tile, form, size, count, x.dtype, x.device, workers, spread)
                     wna16_wgmma.plan_of = lambda *arguments, plan=plan: plan
                     error = bench.relative_error(candidate, x, weights[0])
                     us = graph_us([lambda w=w, x=x: wna16_wgmma.linear(x, w, None) for w in weights], 8.0)
                     mark = "*" if (tile, workers) == (chosen.tile, chosen.workers) else ""
                     print(
-                        f"{shape} M={count} {tile} workers {workers}: {us:.2f} us error {error:.1e} {mark}", flush=True
+                        f"{shape} M={count} {tile} workers {workers}{' spread' * spread}: {us:.2f} us error {error:.1e} {mark}",
+                        flush=True,
                     )
                     rows.append(
-                        {"shape": shape, "M": count, **vars(tile), "workers": workers, "us": us, "error": error}
+                        {
+                            "shape": shape,
+                            "M": count,
+                            **vars(tile),
+                            "workers": workers,
+                            "spread": spread,
+                            "us": us,
+                            "error": error,
+                        }
                     )
                     Path(path).write_text(json.dumps(rows), encoding="utf-8")
                     if time.time() > deadline:

@@ -72,12 +72,13 @@ def test_wgmma_is_right_with_every_tile_and_number_of_workers(
     weight, x = weight_of(scheme, 1352, 1920), random(tokens, 1920, seed=1)
     form, expected = layout.form_of(weight), exact(x, weight)
     for tile in wna16_wgmma.tiles_of(form, tokens):
-        for workers in (1, 3, 8, 29, 66):
-            plan = wna16_wgmma.plan_for(tile, form, weight.shape, tokens, x.dtype, x.device, workers)
+        tiles = wna16_wgmma.tiles_in(tile, weight.shape, tokens)
+        for workers, spread in ((1, False), (3, False), (8, False), (29, False), (66, False), (3 * tiles, True)):
+            plan = wna16_wgmma.plan_for(tile, form, weight.shape, tokens, x.dtype, x.device, workers, spread)
             monkeypatch.setattr(wna16_wgmma, "plan_of", lambda *arguments, plan=plan: plan)
             y = wna16_wgmma.linear(x, weight, None)
-            assert relative_error(y, expected) < 3e-3, (tile, workers)
-            assert torch.equal(y, wna16_wgmma.linear(x, weight, None)), (tile, workers)
+            assert relative_error(y, expected) < 3e-3, (tile, workers, spread)
+            assert torch.equal(y, wna16_wgmma.linear(x, weight, None)), (tile, workers, spread)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -95,7 +95,7 @@ def test_mma_computes_the_product(
 
 
 WGMMA = (
-    # copies eager, processors, scheme, (M, N, K), dtype
+    # copies eager, workers (negative: they finish tiles together), scheme, (M, N, K), dtype
     (True, 3, "w4a16-g128", (40, 600, 768), BFLOAT),  # ragged rows and tokens, tiles of 64, a tile over two blocks
     (False, 2, "w4a16-g32-asym", (17, 56, 1152), HALF),  # one tile in two, three rounds of stages, copies late,
     (True, 1, "w4a16-g64", (3, 40, 1152), BFLOAT),  # and early
@@ -103,29 +103,29 @@ WGMMA = (
     (True, 2, "w8a16-g64-asym", (70, 130, 1024), BFLOAT),  # three stages
     (True, 3, "w2a16-g16", (390, 264, 208), HALF),  # whole tiles after the shared ones
     (False, 7, "w4a16-g128", (5, 257, 1920), BFLOAT),  # an odd number of rows
+    (True, -6, "w4a16-g128", (70, 280, 640), BFLOAT),  # six workers finish two tiles together
+    (False, -3, "w4a16-g64-asym", (40, 280, 640), HALF),
 )
 
 
 @pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("workers", "spread"), [(1, False), (3, False), (4, True)])
 def test_two_blocks_of_wgmma_may_share_x(
-    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, workers: int, eager: bool
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, workers: int, spread: bool, eager: bool
 ) -> None:
     emulate(900, eager)
     monkeypatch.setattr(wna16_wgmma, "tiles_of", lambda form, tokens: (wna16_wgmma.Tile(16, 4, 3, 1, cluster=2),))
-    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [workers])
+    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [(workers, spread)])
     check(wna16_wgmma._linear, "w4a16-g64-asym", (20, 880, 1024), BFLOAT)
 
 
-@pytest.mark.parametrize(("eager", "processors", "scheme", "shape", "dtype"), WGMMA)
+@pytest.mark.parametrize(("eager", "workers", "scheme", "shape", "dtype"), WGMMA)
 def test_wgmma_computes_the_product(
-    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, processors: int, scheme: str,
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, workers: int, scheme: str,
     shape: tuple[int, int, int], dtype: torch.dtype,
 ) -> None:  # fmt: skip
     emulate(900, eager)
-    gpu = Gpu((9, 0), processors, 232448)
-    monkeypatch.setattr(wna16_wgmma, "gpu_of", lambda device: gpu)
-    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [processors])
+    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [(abs(workers), workers < 0)])
     check(wna16_wgmma._linear, scheme, shape, dtype)
 
 

@@ -95,6 +95,9 @@ DEVICE void weights_of(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, const
 //   │  block 0  │  block 1    │  block 2    │  ...      its sums on: they are there long before they are wanted, and
 //                                                       blocks wait for lower ones alone, which have started before.
 //
+// Where many blocks share a tile (`parts` each, evenly), one would be long at adding up: there all hand on, and the
+// parts of the next tile finish a share of it each; `parts` blocks more, which have no steps, do so for the last tile.
+//
 // A block's order is a sequence of pieces (the one to hand on, what remains of its first tile, whole tiles), each filled
 // up to whole rounds of STAGES: a position's stage is then a constant of the unrolled code. What fills is an empty step.
 // The pieces lie in shared memory: in registers they cost the loop 30.
@@ -114,6 +117,7 @@ struct Schedule {
     DEVICE static int rounded(int steps) { return (steps + STAGES - 1) / STAGES * STAGES; }
 
     DEVICE Piece piece(int block, int index, int waves) const {
+        if (block >= blocks) return {};
         const int begin = first_of(block), length = first_of(block + 1) - begin, first = begin / per_tile;
         const int head = min((begin + length) % per_tile, length), head_at = begin + length - head;
         const int rest = min(per_tile - begin % per_tile, length - head), whole = (length - head - rest) / per_tile;
@@ -130,55 +134,61 @@ struct Schedule {
 
 using Sums = float[TOKENS / 2];
 
-// a warp's sums in memory: [block][warp][TOKENS / 8][lane] float4; a flag for each warp behind them all
+// a warp's sums in memory: [block][warp][TOKENS / 8][lane] float4; flags [block][warp][TOKENS / 8] behind them all
+constexpr int OCTETS = TOKENS / 8;
 DEVICE float4* sums_of(float4* partial, int block, int warp, int lane) {
-    return partial + (static_cast<size_t>(block) * WARPS + warp) * (TOKENS / 8 * 32) + lane;
+    return partial + (static_cast<size_t>(block) * WARPS + warp) * (OCTETS * 32) + lane;
 }
 DEVICE u64* flag_of(float4* partial, int block, int warp) {
-    return reinterpret_cast<u64*>(sums_of(partial, gridDim.x, 0, 0)) + block * WARPS + warp;
+    return reinterpret_cast<u64*>(sums_of(partial, gridDim.x, 0, 0)) + (block * WARPS + warp) * OCTETS;
 }
 
-DEVICE void hand_on(const Sums& acc, float4* partial, int block, int warp, int lane) {
-    float4* to = sums_of(partial, block, warp, lane);
+// flags: one, or one for every eight tokens where several warps take them over
+DEVICE void hand_on(const Sums& acc, float4* partial, int warp, int lane, int flags) {
+    float4* to = sums_of(partial, blockIdx.x, warp, lane);
 #pragma unroll
-    for (int i = 0; i < TOKENS / 8; ++i) to[32 * i] = {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]};
+    for (int i = 0; i < OCTETS; ++i) to[32 * i] = {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]};
     __syncwarp();
-    if (lane == 0) raise_flag(flag_of(partial, block, warp));
+    if (lane < flags) raise_flag(flag_of(partial, blockIdx.x, warp) + lane);
 }
 
-// acc += the sums that `count` blocks, the last of them `last`, have handed on: added up from the first, acc last
-DEVICE void take_over(Sums& acc, float4* partial, int last, int count, int warp, int lane) {
-    const int first = last - CLUSTER * (count - 1);
-    for (int i = lane; i < count; i += 32) await_flag(flag_of(partial, first + CLUSTER * i, warp));
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < TOKENS / 8; ++i) {
-        float4 total = load_fresh(sums_of(partial, first, warp, lane) + 32 * i);
-#pragma unroll 4
-        for (int from = 1; from < count; ++from) {
-            float4 more = load_fresh(sums_of(partial, first + CLUSTER * from, warp, lane) + 32 * i);
-            total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
-        }
-        acc[4 * i] += total.x, acc[4 * i + 1] += total.y, acc[4 * i + 2] += total.z, acc[4 * i + 3] += total.w;
+// the sums of eight tokens that `count` blocks from `first` on have handed on, added up in their order; AT_ONCE loads
+template <int AT_ONCE>
+DEVICE float4 added_up(float4* partial, int first, int count, int warp, int octet, int lane) {
+    float4 total = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll AT_ONCE
+    for (int i = 0; i < count; ++i) {
+        float4 more = load_fresh(sums_of(partial, first + CLUSTER * i, warp, lane) + 32 * octet);
+        total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
     }
-    __syncwarp();
-    for (int i = lane; i < count; i += 32) *flag_of(partial, first + CLUSTER * i, warp) = 0;  // for the next launch
+    return total;
 }
 
-// y of a warp's 16 rows from `row` on: two of its 8 x 8 pieces turned over, a lane has two rows of one token
-DEVICE void store(const Sums& acc, float unit_scale, const u16* bias, u16* y, int M, int N, int row, int first_token, int lane) {
-    const int g = lane / 4, c = lane % 4;
-    float added[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-        if (bias && row + g + 8 * i < N) added[i] = from_x(bias[row + g + 8 * i]);
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; ++j) {
-        const int token = first_token + 8 * j + g;
+DEVICE void await(float4* partial, int first, int count, int warp, int octet, int lane) {
+    for (int i = lane; i < count; i += 32) await_flag(flag_of(partial, first + CLUSTER * i, warp) + octet);
+    __syncwarp();
+}
+
+DEVICE void lower(float4* partial, int first, int count, int warp, int octet, int lane) {  // for the next launch
+    __syncwarp();
+    for (int i = lane; i < count; i += 32) flag_of(partial, first + CLUSTER * i, warp)[octet] = 0;
+}
+
+// where sums go: y = sums scale + bias
+struct Outputs {
+    const u16* bias;
+    u16* y;
+    int M, N;
+    float scale;
+
+    // 16 rows by 8 tokens of a warp: its two 8 x 8 pieces turned over, a lane has two rows of one token
+    DEVICE void store(float4 sums, int row, int first_token, int lane) const {
+        const int g = lane / 4, c = lane % 4, token = first_token + g;
+        const float of[2][2] = {{sums.x, sums.y}, {sums.z, sums.w}};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const u32 first = to_x(acc[4 * j + 2 * i] * unit_scale + added[i]);
-            const u32 second = to_x(acc[4 * j + 2 * i + 1] * unit_scale + added[i]);
+            const float added = bias && row + g + 8 * i < N ? from_x(bias[row + g + 8 * i]) : 0.f;
+            const u32 first = to_x(of[i][0] * scale + added), second = to_x(of[i][1] * scale + added);
             const u32 turned = transpose_8x8(first | second << 16);
             const int n = row + 8 * i + 2 * c;
             u16* to = y + static_cast<size_t>(token) * N + n;
@@ -190,16 +200,16 @@ DEVICE void store(const Sums& acc, float unit_scale, const u16* bias, u16* y, in
             }
         }
     }
-}
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* levels, const float* factor, const u16* bias, u16* y,
-            float4* partial, int M, int N, int K, int waves, int token_tiles) {
+            float4* partial, int M, int N, int K, int waves, int token_tiles, int parts) {
     let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int strips = (N + STRIP - 1) / STRIP, per_strip = (K + RECORD_K - 1) / RECORD_K;
     const int tiles = (N + CLUSTER * UNIT_ROWS - 1) / (CLUSTER * UNIT_ROWS) * token_tiles;
-    const int workers = gridDim.x / CLUSTER, worker = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+    const int workers = gridDim.x / CLUSTER - parts, worker = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
     const Schedule schedule = {workers, per_strip, tiles - waves * workers, token_tiles};
     Piece* pieces = reinterpret_cast<Piece*>(shared + PIECES_AT);
     if (threadIdx.x < MOST_PIECES) pieces[threadIdx.x] = schedule.piece(worker, threadIdx.x, waves);
@@ -266,7 +276,7 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
     if (threadIdx.x == 0)
         for (int i = 0; i < X_AHEAD; ++i) fetch_x(i, i, 0);
 
-    const float unit_scale = *factor * (XTYPE || IS_LUT ? 1.f : static_cast<float>(1 << FAST_BITS));
+    const Outputs outputs = {bias, y, M, N, *factor * (XTYPE || IS_LUT ? 1.f : static_cast<float>(1 << FAST_BITS))};
     Sums acc = {};
     u32 a[2][BATCH][4];
     const u32 magic = opaque(MAGIC), column = 4 * lane;
@@ -319,15 +329,32 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
             fetch(i + STAGES, stage);
         }
         const Piece piece = pieces[index];
-        if (piece.step + piece.left < per_strip) hand_on(acc, partial, blockIdx.x, warp, lane);
+        if (parts > 0 || piece.step + piece.left < per_strip) hand_on(acc, partial, warp, lane, parts > 0 ? OCTETS : 1);
         else {
             const int tile = piece.unit * token_tiles + piece.first_token / TOKENS;
             const int others = piece.step > 0 ? worker - schedule.block_of(tile * per_strip) : 0;
-            if (others > 0) take_over(acc, partial, blockIdx.x - CLUSTER, others, warp, lane);
-            const int row = ((piece.unit * CLUSTER + rank) * WARPS + warp) * STRIP;
-            store(acc, unit_scale, bias, y, M, N, row, piece.first_token, lane);
+            const int first = blockIdx.x - CLUSTER * others, row = ((piece.unit * CLUSTER + rank) * WARPS + warp) * STRIP;
+            if (others > 0) await(partial, first, others, warp, 0, lane);
+#pragma unroll
+            for (int i = 0; i < OCTETS; ++i) {
+                float4 sums = added_up<2>(partial, first, others, warp, i, lane);
+                sums.x += acc[4 * i], sums.y += acc[4 * i + 1], sums.z += acc[4 * i + 2], sums.w += acc[4 * i + 3];
+                outputs.store(sums, row, piece.first_token + 8 * i, lane);
+            }
+            if (others > 0) lower(partial, first, others, warp, 0, lane);
         }
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.f;
-    }    if (CLUSTER > 1) cluster_sync();  // nobody leaves while the other block may arrive here
+    }    if (parts > 0 && worker >= parts) {  // a share of the tile before
+        const int tile = worker / parts - 1, share = worker % parts, first = tile * parts * CLUSTER + rank;
+        const int unit = tile / token_tiles * CLUSTER + rank, first_token = tile % token_tiles * TOKENS;
+        for (int i = WARPS * OCTETS * share / parts + warp; i < WARPS * OCTETS * (share + 1) / parts; i += WARPS) {
+            const int strip = i / OCTETS, octet = i % OCTETS;
+            await(partial, first, parts, strip, octet, lane);
+            const float4 sums = added_up<8>(partial, first, parts, strip, octet, lane);
+            outputs.store(sums, (unit * WARPS + strip) * STRIP, first_token + 8 * octet, lane);
+            lower(partial, first, parts, strip, octet, lane);
+        }
+    }
+    if (CLUSTER > 1) cluster_sync();  // nobody leaves while the other block may arrive here
 }

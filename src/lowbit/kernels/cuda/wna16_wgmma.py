@@ -1,8 +1,8 @@
 """Launches of wna16_wgmma.cu: from a few tokens to some thousand, on sm_90.
 
-A worker, one block or a cluster of two, multiplies tiles of 64 rows a warpgroup by some tokens. All workers get the same
-number of steps along K, so a tile may be split anywhere; then its sums pass from worker to worker through memory. A plan
-says which tile, how many workers, and how many whole tiles each does besides.
+A worker, one block or a cluster of two, multiplies tiles of 64 rows a warpgroup by some tokens. All workers get the
+same number of steps along K, so a tile may be split anywhere; then its sums pass from worker to worker through memory.
+A plan says which tile, how many workers, and how many whole tiles each does besides.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from lowbit.kernels.cuda.wna16_layout import Defines, fast, form_defines
 from lowbit.kernels.layout import FastForm, FastWeight, form_refusal
 from lowbit.tensors import PackedWeight
 
-_PARAMETERS = "P128sPPPPPiiiii"
+_PARAMETERS = "P128sPPPPPiiiiii"
 _TABLE_BYTES = 32 * 1024
 _MOST_PIECES, _PIECES_BYTES = 96, 1920  # of tiles in one block; a list of them lies in shared memory
 
@@ -53,8 +53,8 @@ class Tile:
 class Plan:
     """One launch: tile, kernel, workers, tiles of tokens.
 
-    waves: whole tiles that each worker does besides its share of the rest. partial_bytes: of sums that pass from worker
-    to worker, 0 where no tile is split.
+    waves: whole tiles that each worker does besides its share of the rest. parts: 0, or of how many workers each tile is,
+    and as many more finish it. partial_bytes: of sums that pass from worker to worker, 0 where no tile is split.
     """
 
     tile: Tile
@@ -63,6 +63,7 @@ class Plan:
     shared_bytes: int
     waves: int
     token_tiles: int
+    parts: int
     partial_bytes: int
 
 
@@ -102,7 +103,7 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
     partial = x.new_empty(plan.partial_bytes, dtype=torch.uint8) if plan.partial_bytes else None
     tensors = (weight.records.data_ptr(), x_map, levels, weight.factor.data_ptr())
     results = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 0 if partial is None else partial.data_ptr())
-    arguments = (*tensors, *results, tokens, rows, columns, plan.waves, plan.token_tiles)
+    arguments = (*tensors, *results, tokens, rows, columns, plan.waves, plan.token_tiles, plan.parts)
     overlaps, stream = gpu_of(x.device).overlaps_launches, current_stream(x.device)
     grid, block = (plan.workers * plan.tile.cluster, 1, 1), (128 * plan.tile.warpgroups, 1, 1)
     plan.kernel.launch(grid, block, arguments, plan.shared_bytes, stream, overlaps, plan.tile.cluster)
@@ -114,24 +115,32 @@ def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dt
     """The launch for a weight [N, K] of this form and `tokens` rows of x."""
     processors = gpu_of(device).processors
     choices = [
-        (_cost_us(tile, shape, tokens, workers, processors), index, workers, tile)
+        (_cost_us(tile, shape, tokens, workers, spread, processors), index, workers, spread, tile)
         for index, tile in enumerate(tiles_of(form, tokens))
-        for workers in workers_of(tile, shape, tokens, processors)
+        for workers, spread in workers_of(tile, shape, tokens, processors)
     ]
-    _, _, workers, tile = min(choices)
-    return plan_for(tile, form, shape, tokens, dtype, device, workers)
+    _, _, workers, spread, tile = min(choices)
+    return plan_for(tile, form, shape, tokens, dtype, device, workers, spread)
 
 
 def plan_for(
     tile: Tile, form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device,
-    workers: int,
+    workers: int, spread: bool,
 ) -> Plan:  # fmt: skip
-    """The launch with a given tile and number of workers, of which there are at most as many as steps."""
+    """The launch with a given tile and number of workers, of which there are at most as many as steps.
+
+    spread: the workers, a multiple of the tiles, finish each tile together.
+    """
     shared = tile.shared_bytes(form)
     kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, wgmma_defines(form, dtype, tile), shared)
-    waves, whole = waves_of(tiles_in(tile, shape, tokens), workers)
-    partial = 0 if whole else workers * (tile.rows * tile.tokens * 4 + tile.rows // 16 * 8)  # sums, flags of warps
-    return Plan(tile, kernel, workers, shared, waves, -(-tokens // tile.tokens), partial)
+    tiles, token_tiles = tiles_in(tile, shape, tokens), -(-tokens // tile.tokens)
+    if spread:
+        parts, waves, whole = workers // tiles, 0, False
+        workers += parts
+    else:
+        parts, (waves, whole) = 0, waves_of(tiles, workers)
+    partial = 0 if whole else workers * tile.rows * tile.tokens * 4 * 65 // 64  # sums, and flags behind them
+    return Plan(tile, kernel, workers, shared, waves, token_tiles, parts, partial)
 
 
 def tiles_in(tile: Tile, shape: tuple[int, int], tokens: int) -> int:
@@ -144,14 +153,15 @@ def waves_of(tiles: int, workers: int) -> tuple[int, bool]:
     return (tiles // workers, True) if tiles % workers == 0 else (max(tiles // workers - 1, 0), False)
 
 
-def workers_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int) -> list[int]:
-    """Numbers of workers worth trying: all that run at once, and those that split each tile evenly."""
+def workers_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int) -> list[tuple[int, bool]]:
+    """(workers, spread) worth trying: all workers that run at once, and those that split each tile evenly."""
     tiles, steps = tiles_in(tile, shape, tokens), -(-shape[1] // 128)
     one_each = processors // tile.cluster
     most = one_each * tile.blocks
-    even = [tiles * parts for parts in range(1, min(steps, most // max(tiles, 1)) + 1)]
+    even = [(tiles * parts, True) for parts in range(2, min(steps, most // max(tiles, 1)) + 1)]
     least = -(-tiles // (_MOST_PIECES - 4))  # beyond thousands of tokens more workers than run at once
-    return sorted({max(least, min(at_once, tiles * steps)) for at_once in (one_each, most)} | set(even))
+    alone = {max(least, min(workers, tiles * steps)) for workers in (one_each, most, min(tiles, most))}
+    return [*((workers, False) for workers in sorted(alone)), *even]
 
 
 def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
@@ -169,15 +179,14 @@ _STEP_US = {
 }  # fmt: skip
 
 
-def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, processors: int) -> float:
-    """Microseconds that a launch should take on an H200: a start, the longest worker's steps, the sums it takes over."""
+def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, spread: bool, processors: int) -> float:
+    """Microseconds that a launch should take on an H200: a start, the longest worker's steps, sums handed on."""
     tiles, steps = tiles_in(tile, shape, tokens), -(-shape[1] // 128)
     waves, whole = waves_of(tiles, workers)
     shared = (tiles - waves * workers) * steps
     longest = -(-shared // workers) + waves * steps
-    taken = (
-        0.0 if whole else 1.0 + 0.6 * tile.tokens * tile.warpgroups / 256 * min(steps, -(-workers * steps // shared))
-    )
+    handed = 0.6 * tile.tokens * tile.warpgroups / 256
+    taken = 2.0 + handed if spread else 0.0 if whole else 1.0 + handed * -(-workers * steps // shared)
     at_once = -(-workers * tile.cluster // processors)  # of a multiprocessor; _STEP_US holds for all it can have
     return longest * _STEP_US[tile.tokens, tile.warpgroups] * at_once / tile.blocks + 3.5 + taken
 
