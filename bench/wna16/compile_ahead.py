@@ -1,27 +1,33 @@
-"""Compiles the weight-only kernels' variants of an H200 ahead, many processes at once: python compile_ahead.py [JOBS]
+"""Compiles the weight-only kernels' variants of an H200 ahead: python compile_ahead.py PROCESSES [measured]
 
 Asks the launchers for their plans with the facts of an H200 and no GPU, then fills the cache of cubins. Nothing but
 time hangs on it: whoever skips it compiles each variant at its first use.
 """
 
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from unittest.mock import patch
 
 import torch
-from sweep import TILES
+from sweep import MMA_TILES, TILES
 
 from lowbit.kernels.cuda import compiler, wna16_dequantize, wna16_layout, wna16_mma, wna16_wgmma
 from lowbit.kernels.cuda.device import Gpu
 from lowbit.kernels.layout import FastForm
 
 H200 = Gpu((9, 0), 132, 232448)
+MEASURED = (FastForm("int4", 128, False), FastForm("lut", 64, False), FastForm("int8", 128, False))
 FORMS = (
-    *(FastForm("int4", 128, zero) for zero in (False, True)),
-    *(FastForm("int8", 128, False), FastForm("int8", 64, True), FastForm("int8", 32, False)),
-    *(FastForm("lut", 64, False), FastForm("lut", 128, False)),
-    *(FastForm("int2", 64, False), FastForm("int4", 32, True), FastForm("int4", 16, False)),
+    *MEASURED,
+    *(FastForm("int4", 128, True), FastForm("int8", 64, True), FastForm("int8", 32, False)),
+    *(
+        FastForm("lut", 128, False),
+        FastForm("int2", 64, False),
+        FastForm("int4", 32, True),
+        FastForm("int4", 16, False),
+    ),
 )
 SIZES = ((28672, 4096), (4096, 4096), (512, 1024), (192, 768))
 Wanted = tuple[str, tuple[tuple[str, int | str], ...]]
@@ -32,8 +38,8 @@ class _Recorder:
         return 132 // cluster
 
 
-def wanted() -> list[Wanted]:
-    """(file, defines) of what the plans of all FORMS and SIZES ask for."""
+def wanted(forms: Sequence[FastForm], dtypes: Sequence[torch.dtype]) -> list[Wanted]:
+    """(file, defines) of what the plans of these forms, types of x and all SIZES ask for."""
     found: dict[Wanted, None] = {}
 
     def record(name, function, parameters, device, defines=(), shared_bytes=0):
@@ -49,10 +55,10 @@ def wanted() -> list[Wanted]:
         patch.object(wna16_wgmma, "gpu_of", lambda device: H200),
     ):
         device = torch.device("cuda", 0)
-        for form in FORMS:
-            for dtype in (torch.bfloat16, torch.float16):
+        for form in forms:
+            for dtype in dtypes:
                 for size in SIZES:
-                    for tokens in (16, 32, 64, 128):
+                    for tokens in (8, 16, 32, 64, 128):
                         wna16_wgmma.plan_of(form, size, tokens, dtype, device)
                     for tokens in (8, 16):
                         wna16_mma.plan_of(form, size, tokens, dtype, device)
@@ -61,6 +67,8 @@ def wanted() -> list[Wanted]:
                 wna16_layout.layout_kernel(form, bits, device)
     for tile in (tile for tiles in TILES.values() for tile in tiles):
         found["wna16_wgmma.cu", wna16_wgmma.wgmma_defines(FORMS[0], torch.bfloat16, tile)] = None
+    for numbers in MMA_TILES:
+        found["wna16_mma.cu", wna16_mma.mma_defines(FORMS[0], torch.bfloat16, wna16_mma.Tile(*numbers))] = None
     return list(found)
 
 
@@ -71,6 +79,8 @@ def build(one: Wanted) -> int:
 
 
 if __name__ == "__main__":
-    variants = wanted()
-    with ProcessPoolExecutor(int(sys.argv[1]) if len(sys.argv) > 1 else 2, get_context("fork")) as pool:
+    measured = "measured" in sys.argv
+    half, bfloat = torch.float16, torch.bfloat16
+    variants = wanted(MEASURED, (bfloat,)) if measured else wanted(FORMS, (bfloat, half))
+    with ProcessPoolExecutor(int(sys.argv[1]), get_context("fork")) as pool:
         print(len(variants), "variants,", sum(pool.map(build, variants)), "bytes")

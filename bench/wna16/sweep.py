@@ -1,73 +1,109 @@
-"""Every plan of wna16_wgmma.cu worth a thought, timed and checked: python sweep.py OUT.json SECONDS SHAPES TOKENS
+"""Every plan of the weight-only kernels worth a thought, timed and checked; the best first plan of each line last.
 
-A plan is a tile and a number of workers. Rows: shape, M, tile, workers, spread, us, relative error against float64.
+    python sweep.py OUT.json SECONDS SHAPES TOKENS
+
+A plan of wna16_wgmma.cu is a tile and how its work is shared; to 8 tokens, also tiles of wna16_mma.cu. Rows: shape, M,
+the plan, us in a graph over rotated weights, relative error against float64, whether two runs gave the same bits.
 """
 
 import json
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 from lowbit.kernels import bench
-from lowbit.kernels.cuda import wna16_wgmma
+from lowbit.kernels.cuda import wna16_mma, wna16_wgmma
 from lowbit.kernels.cuda.device import gpu_of
-from lowbit.kernels.cuda.wna16_wgmma import Tile
-from lowbit.kernels.layout import form_of
-from lowbit.kernels.registry import Candidate
+from lowbit.kernels.cuda.wna16_wgmma import tile_for
+from lowbit.kernels.layout import FastForm, form_of
 from lowbit.kernels.timing import copies_of, graph_us
 from lowbit.numerics.scheme import QuantScheme
+from lowbit.tensors import PackedWeight
 
-TILES = {
-    16: (Tile(16, 4, 4, 1), Tile(16, 4, 4, 2), Tile(16, 2, 4, 2)),
-    32: (Tile(32, 4, 4, 1), Tile(32, 4, 4, 2), Tile(32, 2, 4, 2)),
-    64: (Tile(64, 4, 4, 1), Tile(64, 4, 4, 1, 2), Tile(64, 2, 4, 2)),
-    128: (Tile(128, 4, 3, 1), Tile(128, 4, 3, 1, 2), Tile(128, 2, 3, 1), Tile(128, 4, 4, 1)),
+INT4 = FastForm("int4", 128, False)
+SHARES = {  # warpgroups, blocks, cluster by tokens
+    **{8: ((4, 1, 1), (4, 2, 1), (2, 2, 1)), 16: ((4, 1, 1), (4, 2, 1), (2, 2, 1))},
+    **{32: ((4, 1, 1), (4, 2, 1), (4, 1, 2)), 64: ((4, 1, 1), (4, 1, 2), (2, 2, 1))},
+    **{128: ((4, 1, 1), (4, 1, 2), (2, 1, 1))},
 }
+TILES = {tokens: tuple(tile_for(INT4, tokens, *share) for share in shares) for tokens, shares in SHARES.items()}
+MMA_TILES = ((16, 2, 1, 2, 1), (16, 2, 1, 3, 1), (16, 1, 1, 4, 1), (16, 1, 1, 4, 2), (16, 2, 1, 2, 2), (8, 2, 1, 4, 2))
+Plans = Iterator[tuple[dict[str, Any], Any]]
+
+
+def wgmma_plans(x: Tensor, size: tuple[int, int]) -> Plans:
+    """(what it is, plan) of wna16_wgmma for int4 with groups of 128."""
+    count, processors = x.shape[0], gpu_of(x.device).processors
+    for tile in TILES[next((tokens for tokens in TILES if count <= tokens), 128)]:
+        once = processors // tile.cluster
+        for workers, spread in wna16_wgmma.workers_of(tile, size, count, processors):
+            if 0.8 * once < workers <= once or workers > 1.8 * once or (not spread and workers >= 0.6 * once):
+                plan = wna16_wgmma.plan_for(tile, INT4, size, count, x.dtype, x.device, workers, spread)
+                yield {**asdict(tile), "workers": workers, "spread": spread}, plan
+
+
+def mma_plans(x: Tensor, size: tuple[int, int]) -> Plans:
+    """(what it is, plan) of wna16_mma for int4 with groups of 128; tiles that do not fit are left out."""
+    strips = (-(-size[0] // 16), -(-size[1] // 128))
+    for numbers in MMA_TILES:
+        tile = wna16_mma.Tile(*numbers)
+        share = gpu_of(x.device).shared_bytes // tile.blocks - 1024
+        if tile.fixed_bytes(INT4, 9) < share - 24 * 1024:
+            yield asdict(tile), wna16_mma.plan_for(tile, INT4, strips, x.shape[0], x.dtype, x.device)
 
 
 def main() -> None:
-    path, seconds, shapes, tokens = sys.argv[1:5]
+    path, seconds, shapes, tokens = sys.argv[1:]
     deadline, rows = time.time() + float(seconds), []
-    scheme, plan_of = QuantScheme.parse("w4a16-g128"), wna16_wgmma.plan_of
+    scheme = QuantScheme.parse("w4a16-g128")
     for shape in shapes.split(","):
         size = bench.SHAPES[shape]
         weights = [bench.random_weight(scheme, size, seed) for seed in range(copies_of(size[0] * size[1] // 2))]
-        form = form_of(weights[0])
+        w = weights[0].dequantize().double()
+        assert form_of(weights[0]) == INT4
         for count in map(int, tokens.split(",")):
             x = torch.randn(count, size[1], device="cuda", dtype=torch.bfloat16)
-            chosen = plan_of(form, size, count, x.dtype, x.device)
-            candidate = Candidate("cuda_wgmma", wna16_wgmma.linear, wna16_wgmma.refusal)
-            for tile in TILES[next((t for t in (16, 32, 64) if count <= t), 128)]:
-                processors = gpu_of(x.device).processors
-                worth = wna16_wgmma.workers_of(tile, size, count, processors)
-                once = processors // tile.cluster
-                for workers, spread in (n for n in worth if 0.8 * once < n[0] <= once or n[0] > 1.9 * once):
-                    plan = wna16_wgmma.plan_for(tile, form, size, count, x.dtype, x.device, workers, spread)
-                    wna16_wgmma.plan_of = lambda *arguments, plan=plan: plan
-                    error = bench.relative_error(candidate, x, weights[0])
-                    us = graph_us([lambda w=w, x=x: wna16_wgmma.linear(x, w, None) for w in weights], 8.0)
-                    mark = "*" if (tile, workers) == (chosen.tile, chosen.workers) else ""
-                    print(
-                        f"{shape} M={count} {tile} workers {workers}{' spread' * spread}: {us:.2f} us error {error:.1e} {mark}",
-                        flush=True,
-                    )
-                    rows.append(
-                        {
-                            "shape": shape,
-                            "M": count,
-                            **vars(tile),
-                            "workers": workers,
-                            "spread": spread,
-                            "us": us,
-                            "error": error,
-                        }
-                    )
-                    Path(path).write_text(json.dumps(rows), encoding="utf-8")
-                    if time.time() > deadline:
-                        return
-        wna16_wgmma.plan_of = plan_of
+            exact = linear(x[:64].double(), w)
+            for name, module, plans in KERNELS[: 2 if count <= 8 else 1]:
+                found = list(timed(module, plans(x, size), x, weights, exact, deadline))
+                rows += [{"shape": shape, "kernel": name, "M": count, **row} for row in found]
+                Path(path).write_text(json.dumps(rows), encoding="utf-8")
+                for row in sorted(found, key=lambda row: row["us"])[:4]:
+                    print(f"{shape} M={count} {name} {row['us']:.2f} us", row, flush=True)
+                wrong = [row for row in found if not row["error"] < 3e-3 or not row["same"]]
+                print(f"{len(found)} plans, wrong: {wrong}", flush=True)
+            if time.time() > deadline:
+                return
+
+
+def timed(
+    module: ModuleType, plans: Plans, x: Tensor, weights: list[PackedWeight], exact: Tensor, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of one kernel's plans; exact: the product of the first 64 tokens with the first weight."""
+    plan_of = module.plan_of
+    chosen = plan_of(INT4, weights[0].shape, x.shape[0], x.dtype, x.device)
+    for what, plan in plans:
+        if time.time() > deadline:
+            break
+        module.plan_of = lambda *arguments, plan=plan: plan  # type: ignore[attr-defined]
+        torch.full((x.shape[0], exact.shape[1]), torch.nan, device="cuda", dtype=x.dtype)
+        y = module.linear(x, weights[0], None)
+        error = float((y[:64].double() - exact).norm() / exact.norm())
+        same = torch.equal(y, module.linear(x, weights[0], None))
+        us = graph_us([lambda w=w: module.linear(x, w, None) for w in weights], 8.0)
+        yield {**what, "us": us, "error": error, "same": same, "chosen": plan == chosen}
+    module.plan_of = plan_of  # type: ignore[attr-defined]
+
+
+KERNELS = (("wgmma", wna16_wgmma, wgmma_plans), ("mma", wna16_mma, mma_plans))
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ inline u32 fma2(u32 a, u32 b, u32 c) {
 template <u32 MASK> u32 masked(u32 a, u32 b) { return (a & MASK) | b; }
 template <u32 MASK> u32 masked_not(u32 a, u32 b) { return (~a & MASK) | b; }
 inline u32 opaque(u32 constant) { return constant; }
+inline u32 uniform(u32 value) { return value; }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     u64 both = a | static_cast<u64>(b) << 32;
     u32 result = 0;
@@ -235,10 +236,11 @@ inline u32 transpose_8x8(u32 pair) {
     return both[1];
 }
 
-inline u64 descriptor_of(u32 address) {
+inline u32 descriptor_low(u32 address) {
     if (address % 1024) fail("a swizzled tile not at a multiple of 1024 bytes");
     return (address & 0x3FFFF) >> 4;
 }
+inline u64 descriptor(u32 low) { return low; }
 inline void wgmma_fence() {}
 inline void wgmma_commit() { self->products.emplace_back(); }
 #ifdef TOKENS

@@ -137,11 +137,11 @@ def test_layout_and_dequantize_are_their_twins(emulate: Emulate, scheme: str) ->
     form = layout.form_of(weight)
     scales, _, zeros = layout.normalized_scales(weight, form)
     bits = wna16_layout.NIBBLES if storage_of(weight.scheme) == "nibbles" else weight.scheme.weights.bits
-    made = torch.empty(3, 3, form.record_bytes, dtype=torch.uint8)
+    made = torch.empty(1, 3, 16, form.record_bytes, dtype=torch.uint8)
     pointers = (weight.codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), 0)
     sizes = (rows, columns, 0 if bits == wna16_layout.NIBBLES else weight.codes.shape[-1])
     kernel = wna16_layout.layout_kernel(form, bits, torch.device("cpu"))
-    kernel.launch((2, 3, 1), (256, 1, 1), (*pointers, made.data_ptr(), *sizes))
+    kernel.launch((2, 16, 1), (256, 1, 1), (*pointers, made.data_ptr(), *sizes))
     assert torch.equal(made, layout.records(weight))
     w = wna16_dequantize._dequantize(fast_of(weight), weight.shape, BFLOAT)
     rtol = 2**-7 if form.codes == "lut" else 0  # an absmax of 11 bits may move a rounding by one

@@ -86,6 +86,9 @@ DEVICE u32 opaque(u32 constant) {
     return d;
 }
 
+// what all lanes of a warp have equal; said so, the compiler keeps it once a warp
+DEVICE u32 uniform(u32 value) { return __shfl_sync(~0u, value, 0); }
+
 DEVICE u32 load_shared(u32 address) {
     u32 word;
     asm("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));

@@ -3,17 +3,17 @@
 // The weight is operand A from registers: what a warp decodes never goes back to shared memory. x is operand B, from
 // shared memory, so the product computed is y^T, a tile of UNIT_ROWS = 64 WARPGROUPS rows by TOKENS tokens in one block:
 //
-//              K ──────────────────►                       x: [TOKENS][K]
-//        ┌────────┬────────┬────────┐                  128 columns a stage, two tiles of 64
-//   64   │ wg0  ─ 4 warps x 16 rows  │                  (128 bytes a row, swizzled by the row), brought by the
-//   rows ├──────────────────────────┤   x  stage  =    copy engine. Barriers `full` and `empty` for each stage
-//   64   │ wg1                       │                  let a warp run two records ahead of another
+//              K ──────────────────►              a stage, brought by the copy engine: the unit's records of 128
+//        ┌────────┬────────┬────────┐              columns, which lie together in memory, and 128 columns of x
+//   64   │ wg0  ─ 4 warps x 16 rows  │              [TOKENS][K] as two tiles of 64 (128 bytes a row, swizzled by the
+//   rows ├──────────────────────────┤              row). Barriers `full` and `empty` let a warp run ahead of another
+//   64   │ wg1                       │              by some stages; the warps ask for the next one in turn
 //        └──────────────────────────┘
 //
-// Each warp has a ring of records of its own strip, filled by the copy engine before the kernel before has ended. While
-// the tensor cores work on one batch of steps, the warp decodes the next: operand registers are double, wgmma waits for
-// the batch before the last. A code becomes (code - zero) scale, rounded to x's type: the sums then run over all of K
-// without a stop at each group. fp16: the scale is taken 2^-FAST_BITS smaller (no overflow), y's factor larger.
+// The first records come before the kernel before has ended. While the tensor cores work on one batch of steps, a warp
+// decodes the next: operand registers are double, wgmma waits for the batch before the last. A code becomes (code - zero)
+// scale, rounded to x's type: the sums then run over all of K without a stop at each group. fp16: the scale is taken
+// 2^-FAST_BITS smaller (no overflow), y's factor larger.
 //
 // Every multiprocessor gets the same number of steps (128 columns of one tile), wherever tiles begin and end (stream-K,
 // arXiv:2301.03598); see Schedule. Nothing waits for a whole block, neither at a step nor at the end of a tile: a warp's
@@ -22,17 +22,16 @@
 #include "wgmma_half.cuh"
 #include "wna16_record.cuh"
 
-// TOKENS 16, 32, 64 or 128; WARPGROUPS 2 or 4; STAGES (3 or 4) records of a warp and stages of x in flight; CLUSTER 1 or 2
+// TOKENS 8 to 128; WARPGROUPS 2 or 4; STAGES, at least 3; CLUSTER 1 or 2
 constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS, UNIT_ROWS = 16 * WARPS;
 constexpr int X_TILE = TOKENS * 128, X_STAGE = 2 * X_TILE;  // bytes
-constexpr int RING_AT = STAGES * X_STAGE;
-constexpr int WORK_BYTES = RING_AT + WARPS * STAGES * RECORD_BYTES;
-constexpr int BARRIERS_AT = (WORK_BYTES + 127) / 128 * 128;
-constexpr int FULL_AT = BARRIERS_AT + WARPS * STAGES * 8, EMPTY_AT = FULL_AT + STAGES * 8;
+constexpr int RECORDS_STAGE = WARPS * RECORD_BYTES, RECORDS_AT = STAGES * X_STAGE;
+constexpr int FULL_AT = (RECORDS_AT + STAGES * RECORDS_STAGE + 127) / 128 * 128, EMPTY_AT = FULL_AT + STAGES * 8;
 constexpr int PIECES_AT = (EMPTY_AT + STAGES * 8 + 127) / 128 * 128, MOST_PIECES = 96;
 constexpr int TABLE_AT = (PIECES_AT + MOST_PIECES * 20 + 127) / 128 * 128;
-constexpr int X_AHEAD = STAGES - 2;  // x is asked for so many records before it is multiplied
-constexpr int HALF_STEPS = 4, BATCH = 2, BATCHES = HALF_STEPS / BATCH;  // of 16 columns; 4 at once: ptxas does not end
+constexpr int AHEAD = STAGES - 2;  // a stage is asked for so many steps before it is multiplied
+// steps of 16 columns at a time. 4: ptxas does not end; 2 where 64 registers are all: it lets every wgmma wait for itself
+constexpr int HALF_STEPS = 4, BATCH = THREADS * BLOCKS >= 1024 && TOKENS > 8 ? 1 : 2, BATCHES = HALF_STEPS / BATCH;
 
 SHARED_MEMORY(1024);
 
@@ -98,33 +97,27 @@ DEVICE void weights_of(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, const
 // Where many blocks share a tile (`parts` each, evenly), one would be long at adding up: there all hand on, and the
 // parts of the next tile finish a share of it each; `parts` blocks more, which have no steps, do so for the last tile.
 //
-// A block's order is a sequence of pieces (the one to hand on, what remains of its first tile, whole tiles), each filled
-// up to whole rounds of STAGES: a position's stage is then a constant of the unrolled code. What fills is an empty step.
-// The pieces lie in shared memory: in registers they cost the loop 30.
+// A block's order is a sequence of pieces: the one to hand on, what remains of its first tile, whole tiles. They are
+// listed in shared memory: in registers the list cost the loop 30.
 struct Piece {
     int unit, first_token, step, start, left;  // first step in the tile, first position, how many; none after the last
 };
 
 struct Schedule {
-    int blocks, per_tile, shared_tiles, token_tiles;
+    u32 blocks;
+    int per_tile, shared_tiles, token_tiles;
 
-    DEVICE int first_of(int block) const {
-        return static_cast<int>(static_cast<long long>(shared_tiles) * per_tile * block / blocks);
-    }
-    DEVICE int block_of(int step) const {
-        return static_cast<int>(((step + 1ll) * blocks - 1) / (static_cast<long long>(shared_tiles) * per_tile));
-    }
-    DEVICE static int rounded(int steps) { return (steps + STAGES - 1) / STAGES * STAGES; }
-
-    DEVICE Piece piece(int block, int index, int waves) const {
+    DEVICE int first_of(u32 block) const { return shared_tiles * per_tile * block / blocks; }  // the plan: below 2^32
+    DEVICE int block_of(u32 step) const { return ((step + 1) * blocks - 1) / (u32(shared_tiles) * per_tile); }
+    DEVICE Piece piece(u32 block, int index, int waves) const {
         if (block >= blocks) return {};
         const int begin = first_of(block), length = first_of(block + 1) - begin, first = begin / per_tile;
         const int head = min((begin + length) % per_tile, length), head_at = begin + length - head;
         const int rest = min(per_tile - begin % per_tile, length - head), whole = (length - head - rest) / per_tile;
         if (head > 0 && index-- == 0) return of_tile(head_at / per_tile, head_at % per_tile, 0, head);
-        if (rest > 0 && index-- == 0) return of_tile(first, begin % per_tile, rounded(head), rest);
+        if (rest > 0 && index-- == 0) return of_tile(first, begin % per_tile, head, rest);
         const int tile = index < whole ? first + 1 + index : shared_tiles + (index - whole) * blocks + block;
-        const int start = rounded(head) + rounded(rest) + index * rounded(per_tile);
+        const int start = head + rest + index * per_tile;
         return of_tile(tile, 0, start, index < whole + waves ? per_tile : 0);
     }
     DEVICE Piece of_tile(int tile, int step, int start, int left) const {
@@ -206,34 +199,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* levels, const float* factor, const u16* bias, u16* y,
             float4* partial, int M, int N, int K, int waves, int token_tiles, int parts) {
     let_next_kernel_start();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
+    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4;
     const int strips = (N + STRIP - 1) / STRIP, per_strip = (K + RECORD_K - 1) / RECORD_K;
     const int tiles = (N + CLUSTER * UNIT_ROWS - 1) / (CLUSTER * UNIT_ROWS) * token_tiles;
     const int workers = gridDim.x / CLUSTER - parts, worker = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
-    const Schedule schedule = {workers, per_strip, tiles - waves * workers, token_tiles};
+    const Schedule schedule = {static_cast<u32>(workers), per_strip, tiles - waves * workers, token_tiles};
     Piece* pieces = reinterpret_cast<Piece*>(shared + PIECES_AT);
     if (threadIdx.x < MOST_PIECES) pieces[threadIdx.x] = schedule.piece(worker, threadIdx.x, waves);
-    const u32 base = shared_address(shared), arrivals = base + BARRIERS_AT + warp * STAGES * 8;
-    const u32 ring = base + RING_AT + warp * STAGES * RECORD_BYTES;
+    const u32 base = shared_address(shared);
     const u64 policy = token_tiles == 1 ? evict_first_policy() : evict_last_policy();
-    const u8* next = records;  // the record to fetch next, how many follow it, where the next piece begins, and which
-    int next_left = 0, next_start = 0, next_piece = 0;
-    auto fetch = [&](int i, int slot) {
-        if (i == next_start) {
-            const Piece piece = pieces[next_piece++];
-            const int strip = min((piece.unit * CLUSTER + rank) * WARPS + warp, strips - 1);
-            next = records + (static_cast<size_t>(strip) * per_strip + piece.step) * RECORD_BYTES;
-            next_left = piece.left, next_start = piece.left ? i + Schedule::rounded(piece.left) : -1;
-        }
-        if (lane == 0 && next_left > 0) {
-            barrier_expect(arrivals + 8 * slot, RECORD_BYTES);
-            bulk_copy(ring + slot * RECORD_BYTES, next, RECORD_BYTES, arrivals + 8 * slot, policy);
-        } else if (lane == 0) barrier_arrive(arrivals + 8 * slot);
-        next += RECORD_BYTES, --next_left;
+    struct Step {
+        int strip, record, first_token;
+        bool exists;
     };
-    if (lane == 0) {
-        for (int i = 0; i < STAGES; ++i) barrier_init(arrivals + 8 * i, 1);
-        for (int i = 0; warp == 0 && i < STAGES; ++i) {
+    auto step_at = [&](int position, int index) {  // index: of its piece, or of one before
+        while (pieces[index].left > 0 && position >= pieces[index].start + pieces[index].left) ++index;
+        const Piece piece = pieces[index];
+        const int strip = min((piece.unit * CLUSTER + rank) * WARPS, strips_of(N) - WARPS);
+        return Step{strip, piece.step + position - piece.start, piece.first_token, piece.left > 0};
+    };
+    auto fetch_records = [&](const Step& step, int stage) {  // by one lane, as the others here
+        const u32 full = base + FULL_AT + stage * 8;
+        barrier_expect(full, X_STAGE + RECORDS_STAGE);
+        bulk_copy(base + RECORDS_AT + stage * RECORDS_STAGE,
+                  records + record_index(step.strip, step.record, per_strip) * RECORD_BYTES, RECORDS_STAGE, full, policy);
+    };
+    auto fetch_x = [&](const Step& step, int stage) {
+        const u32 to = base + stage * X_STAGE, full = base + FULL_AT + stage * 8;
+        const int byte = step.record * RECORD_K * 2;
+        if constexpr (CLUSTER > 1) {  // half of it, into both blocks
+            copy_box_to_both(to + rank * X_TILE, &x, byte + rank * 128, step.first_token, full);
+        } else {
+            copy_box(to, &x, byte, step.first_token, full);
+            copy_box(to + X_TILE, &x, byte + 128, step.first_token, full);
+        }
+    };
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
             barrier_init(base + FULL_AT + 8 * i, 1);
             barrier_init(base + EMPTY_AT + 8 * i, CLUSTER * WARPS);
         }
@@ -241,93 +243,65 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
     }
     if (CLUSTER > 1) cluster_sync();  // before anything arrives from the other block
     else __syncthreads();
-    for (int i = 0; i < STAGES; ++i) fetch(i, i);
-    if constexpr (IS_LUT)  // one byte -> two levels, a copy for each lane
+    const Step first_step = step_at(lane, 0);
+    const bool starts = warp == 0 && lane < AHEAD && first_step.exists;  // a lane for each of the first steps
+    if (starts) fetch_records(first_step, lane);
+    if constexpr (IS_LUT) {  // one byte -> two levels, a copy for each lane
         for (int i = threadIdx.x; i < TABLE_WORDS; i += THREADS)
             reinterpret_cast<u32*>(shared + TABLE_AT)[i] = levels[i / 32 & 15] | static_cast<u32>(levels[i / 32 >> 4]) << 16;
-    __syncthreads();
-
+        __syncthreads();
+    }
     wait_for_kernel_before();
-    auto fetch_x = [&](int i, int stage, int index) {  // by one lane; index: of the piece, or of the one before
-        Piece piece = pieces[index + 1];
-        if (i < piece.start) piece = pieces[index];
-        const u32 to = base + stage * X_STAGE, full = base + FULL_AT + stage * 8;
-        const int ahead = i - piece.start, byte = (piece.step + ahead) * RECORD_K * 2;
-        if (ahead >= piece.left) return barrier_arrive(full);
-        barrier_expect(full, X_STAGE);
-        if constexpr (CLUSTER > 1) {  // half of it, into both blocks
-            copy_box_to_both(to + rank * X_TILE, &x, byte + rank * 128, piece.first_token, full);
-            return;
-        }
-        copy_box(to, &x, byte, piece.first_token, full);
-        copy_box(to + X_TILE, &x, byte + 128, piece.first_token, full);
-    };
-    auto ask_for_x = [&](int i, int stage, u32 parity, int index) {  // by each warp in its turn
-        if (warp != i % WARPS || lane != 0) return;
-        constexpr int LAST = STAGES - X_AHEAD;  // stages before this one still fill this round's
-        if (i >= LAST)
-            barrier_wait(base + EMPTY_AT + (stage + X_AHEAD) % STAGES * 8, stage < LAST ? parity ^ 1 : parity);
-        fetch_x(i + X_AHEAD, (stage + X_AHEAD) % STAGES, index);
-    };
-    auto release = [&](int stage) {  // of x, by a warp that has done with it, in both blocks
+    if (starts) fetch_x(first_step, lane);
+    auto release = [&](u32 stage) {  // by a warp that has done with it, in both blocks
         if (CLUSTER == 1 && lane == 0) barrier_arrive(base + EMPTY_AT + stage * 8);
         if (CLUSTER > 1 && lane < CLUSTER) barrier_arrive_at(base + EMPTY_AT + stage * 8, lane);
     };
-    if (threadIdx.x == 0)
-        for (int i = 0; i < X_AHEAD; ++i) fetch_x(i, i, 0);
 
     const Outputs outputs = {bias, y, M, N, *factor * (XTYPE || IS_LUT ? 1.f : static_cast<float>(1 << FAST_BITS))};
     Sums acc = {};
     u32 a[2][BATCH][4];
     const u32 magic = opaque(MAGIC), column = 4 * lane;
-    const u64 x_tiles = descriptor_of(base);
+    const u32 x_tiles = descriptor_low(base);
+    u32 stage = 0, parity = 0;
     for (int index = 0, position = 0; pieces[index].left > 0; ++index) {
         const int end = position + pieces[index].left;
-        u32 parity;
-        for (; position < end; position += STAGES) {
-            parity = position / STAGES & 1;
-#pragma unroll
-            for (int stage = 0; stage < STAGES; ++stage) {  // unrolled, so that a stage's addresses are constants
-                const int i = position + stage;
-                if (i >= end) break;
-                ask_for_x(i, stage, parity, index);
-                barrier_wait(arrivals + 8 * stage, parity);
-                const u8* record = shared + RING_AT + (warp * STAGES + stage) * RECORD_BYTES;
-                GroupPairs pairs;
-                u32 words[HALF_WORDS];
-#pragma unroll
-                for (int batch = 0; batch < 2 * BATCHES; ++batch) {
-                    u32(&operands)[BATCH][4] = a[batch % 2];
-                    if (batch % BATCHES == 0) load_codes(words, record, batch / BATCHES, lane);
-                    wgmma_wait<1>();  // of the batch before the last, whose registers these are
-                    if (batch == 1 && i > 0) release((stage + STAGES - 1) % STAGES);
-#pragma unroll
-                    for (int at = 0; at < BATCH; ++at) {
-                        int step = batch * BATCH + at;
-                        if (step % GROUP_STEPS == 0) pairs = load_group(record, step / GROUP_STEPS, g);
-                        weights_of(operands[at], words, step % HALF_STEPS, pairs, magic, column);
-                    }
-                    if (batch == 0) barrier_wait(base + FULL_AT + stage * 8, parity);
-                    wgmma_fence();
-#pragma unroll
-                    for (int at = 0; at < BATCH; ++at)
-                        wgmma(acc, operands[at], x_tiles + (stage * X_STAGE + batch / BATCHES * X_TILE) / 16 + 2 * ((batch * BATCH + at) % HALF_STEPS));
-                    wgmma_commit();
+        for (; position < end; ++position) {
+            const u32 full = base + FULL_AT + stage * 8, before = stage > 0 ? stage - 1 : STAGES - 1;
+            if (warp == position % WARPS && lane == 0) {
+                const u32 next = stage < 2 ? stage + AHEAD : stage - 2;
+                if (const Step step = step_at(position + AHEAD, index); step.exists) {
+                    if (position >= 2) barrier_wait(base + EMPTY_AT + next * 8, stage < 2 ? parity ^ 1 : parity);
+                    fetch_records(step, next);
+                    fetch_x(step, next);
                 }
-                __syncwarp();
-                fetch(i + STAGES, stage);
             }
+            const u8* record = shared + RECORDS_AT + stage * RECORDS_STAGE + warp * RECORD_BYTES;
+            const u64 x_at = descriptor(uniform(x_tiles + stage * (X_STAGE / 16)));
+            GroupPairs pairs;
+            u32 words[HALF_WORDS];
+            barrier_wait(full, parity);
+#pragma unroll
+            for (int batch = 0; batch < 2 * BATCHES; ++batch) {
+                u32(&operands)[BATCH][4] = a[batch % 2];
+                if (batch % BATCHES == 0) load_codes(words, record, batch / BATCHES, lane);
+                wgmma_wait<1>();  // of the batch before the last, whose registers these are
+                if (batch == 1 && position > 0) release(before);
+#pragma unroll
+                for (int at = 0; at < BATCH; ++at) {
+                    int step = batch * BATCH + at;
+                    if (step % GROUP_STEPS == 0) pairs = load_group(record, step / GROUP_STEPS, g);
+                    weights_of(operands[at], words, step % HALF_STEPS, pairs, magic, column);
+                }
+                wgmma_fence();
+#pragma unroll
+                for (int at = 0; at < BATCH; ++at)
+                    wgmma(acc, operands[at], x_at + batch / BATCHES * (X_TILE / 16) + 2 * ((batch * BATCH + at) % HALF_STEPS));
+                wgmma_commit();
+            }
+            if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         wgmma_wait<0>();
-        for (int i = end; i < position; ++i) {  // the empty steps of the last round
-            const int stage = i % STAGES;
-            ask_for_x(i, stage, parity, index);
-            release((stage + STAGES - 1) % STAGES);
-            barrier_wait(arrivals + 8 * stage, parity);
-            barrier_wait(base + FULL_AT + stage * 8, parity);
-            __syncwarp();
-            fetch(i + STAGES, stage);
-        }
         const Piece piece = pieces[index];
         if (parts > 0 || piece.step + piece.left < per_strip) hand_on(acc, partial, warp, lane, parts > 0 ? OCTETS : 1);
         else {

@@ -20,6 +20,7 @@ from lowbit.tensors import PackedWeight
 
 _PARAMETERS = "P128sPPPPPiiiiii"
 _TABLE_BYTES = 32 * 1024
+_SHARED_BYTES = 228 * 1024  # of a multiprocessor of sm_90; the system takes 1 KB a block
 _MOST_PIECES, _PIECES_BYTES = 96, 1920  # of tiles in one block; a list of them lies in shared memory
 
 
@@ -41,20 +42,33 @@ class Tile:
         """Rows of a tile."""
         return 64 * self.warpgroups * self.cluster
 
+    def stage_bytes(self, form: FastForm) -> int:
+        """Shared memory of a stage: 128 columns of x and of the records."""
+        return self.tokens * 256 + 4 * self.warpgroups * form.record_bytes
+
     def shared_bytes(self, form: FastForm) -> int:
-        """Shared memory as wna16_wgmma.cu lays it out: x, records, barriers, pieces, table."""
-        warps = 4 * self.warpgroups
-        work = self.stages * (self.tokens * 256 + warps * form.record_bytes)
-        barriers = 8 * self.stages * (warps + 2)
-        return _aligned(_aligned(work) + barriers) + _PIECES_BYTES + (_TABLE_BYTES if form.codes == "lut" else 0)
+        """Shared memory as wna16_wgmma.cu lays it out: stages, barriers, pieces, table."""
+        barriers = _aligned(16 * self.stages) + _PIECES_BYTES
+        return _aligned(self.stages * self.stage_bytes(form)) + barriers + _table_bytes(form)
+
+
+def tile_for(form: FastForm, tokens: int, warpgroups: int, blocks: int = 1, cluster: int = 1) -> Tile:
+    """The tile with as many stages as its share of a multiprocessor's shared memory holds, 8 at most."""
+    share = _SHARED_BYTES // blocks - 1024 - _PIECES_BYTES - _table_bytes(form) - 256
+    bytes_each = Tile(tokens, warpgroups, 0, blocks, cluster).stage_bytes(form)
+    return Tile(tokens, warpgroups, min(8, share // bytes_each), blocks, cluster)
+
+
+def _table_bytes(form: FastForm) -> int:
+    return _TABLE_BYTES if form.codes == "lut" else 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """One launch: tile, kernel, workers, tiles of tokens.
 
-    waves: whole tiles that each worker does besides its share of the rest. parts: 0, or of how many workers each tile is,
-    and as many more finish it. partial_bytes: of sums that pass from worker to worker, 0 where no tile is split.
+    waves: whole tiles that each worker does besides its share of the rest. parts: 0, or how many workers a tile has, of
+    which those of the next tile finish it. partial_bytes: of sums that pass from worker to worker, 0 where none do.
     """
 
     tile: Tile
@@ -165,16 +179,15 @@ def workers_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int)
 
 
 def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
-    """Tiles worth trying for `tokens` rows of x. Records of 8-bit codes are twice as large: fewer are in flight."""
-    wanted = next((size for size in (16, 32, 64) if tokens <= size), 128)
-    stages = 3 if wanted == 128 or form.codes == "int8" else 4
-    half = Tile(wanted, 2, stages, 1 if wanted == 128 or form.codes == "lut" else 2)
-    return (Tile(wanted, 4, stages, 1), half)
+    """Tiles worth trying for `tokens` rows of x."""
+    wanted = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+    half = tile_for(form, wanted, 2, 1 if wanted == 128 or form.codes == "lut" else 2)
+    return (tile_for(form, wanted, 4), half)
 
 
 # A step of 128 columns of a multiprocessor's blocks, by tokens and warpgroups
 _STEP_US = {
-    (16, 4): 0.69, (32, 4): 0.77, (64, 4): 0.97, (128, 4): 1.35,
+    (8, 4): 0.69, (8, 2): 0.92, (16, 4): 0.69, (32, 4): 0.77, (64, 4): 0.97, (128, 4): 1.35,
     (16, 2): 0.92, (32, 2): 1.03, (64, 2): 0.97, (128, 2): 0.76,
 }  # fmt: skip
 
