@@ -29,10 +29,10 @@ from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
 INT4 = FastForm("int4", 128, False)
-SHARES = {  # warpgroups, blocks, cluster by tokens
-    **{8: ((4, 1, 1), (4, 2, 1), (2, 2, 1)), 16: ((4, 1, 1), (4, 2, 1), (2, 2, 1))},
-    **{32: ((4, 1, 1), (4, 2, 1), (4, 1, 2)), 64: ((4, 1, 1), (4, 1, 2), (2, 2, 1))},
-    **{128: ((4, 1, 1), (4, 1, 2), (2, 1, 1))},
+FEW = ((4, 1, 1), (4, 1, 1, True), (4, 2, 1), (4, 2, 1, True), (2, 2, 1, True))
+SHARES = {  # warpgroups, blocks, cluster, whether sums are scaled; by tokens
+    **{8: FEW[1:], 16: FEW, 32: (*FEW[:4], (4, 1, 2), (2, 2, 1))},
+    **{64: ((4, 1, 1), (4, 1, 1, True), (4, 1, 2), (2, 2, 1)), 128: ((4, 1, 1), (4, 1, 2), (2, 1, 1))},
 }
 TILES = {tokens: tuple(tile_for(INT4, tokens, *share) for share in shares) for tokens, shares in SHARES.items()}
 MMA_TILES = ((16, 2, 1, 2, 1), (16, 2, 1, 3, 1), (16, 1, 1, 4, 1), (16, 1, 1, 4, 2), (16, 2, 1, 2, 2), (8, 2, 1, 4, 2))

@@ -75,7 +75,7 @@ struct Block {
     std::map<u32, MemoryBarrier> barriers;
 };
 
-struct Product { float* d; u32 a[4]; u64 b; };
+struct Product { float* d; u32 a[4]; u64 b; bool keep; };
 
 struct Thread {
     ucontext_t context;
@@ -247,8 +247,9 @@ inline void wgmma_commit() { self->products.emplace_back(); }
 inline void for_all(const std::function<void(int)>& act) { for (int thread = 0; thread < 128; ++thread) act(thread); }
 // d += a b, performed at the wait: operands in shared memory must stand until then
 
-inline void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u64 b) {
-    self->products.back().push_back({d, {a[0], a[1], a[2], a[3]}, b});
+template <bool KEEP>
+void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u64 b) {
+    self->products.back().push_back({d, {a[0], a[1], a[2], a[3]}, b, KEEP});
 }
 inline float b_at(u64 descriptor, int n, int k) {
     u32 address = (static_cast<u32>(descriptor) << 4) + (self->block->rank << 24);  // of the block that asks
@@ -274,7 +275,8 @@ template <int PENDING> void wgmma_wait() {
                                        a_at([&](int l) { return of(first + l)->front()[i].a; }, row % 16, k)) *
                                    b_at(of(first)->front()[i].b, n, k);
                         Product& product = of(first + row % 8 * 4 + n % 8 / 2)->front()[i];
-                        product.d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2] += static_cast<float>(sum);
+                        float& d = product.d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
+                        d = (product.keep ? d : 0.f) + static_cast<float>(sum);
                     }
     });
 }

@@ -129,6 +129,22 @@ def test_wgmma_computes_the_product(
     check(wna16_wgmma._linear, scheme, shape, dtype)
 
 
+@pytest.mark.parametrize("tokens", [8, 16])
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w4a16-g128", "w8a16", "nf4-b64", "w2a16-g16"])
+def test_wgmma_may_scale_the_sums_of_groups(
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, scheme: str, tokens: int
+) -> None:
+    emulate(900, tokens == 8)
+    dtype = HALF if "g32" in scheme else BFLOAT
+
+    def tiles_of(form: layout.FastForm, tokens: int) -> tuple[wna16_wgmma.Tile, ...]:
+        return (wna16_wgmma.tile_for(form, tokens, 2, scales_sums=True),)
+
+    monkeypatch.setattr(wna16_wgmma, "tiles_of", tiles_of)
+    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [(3, False)])
+    check(wna16_wgmma._linear, scheme, (tokens, 264, 640), dtype)
+
+
 @pytest.mark.parametrize("scheme", ["w3a16-g32-asym", "w4a16", "w8a16-g64", "nf4-b64"])
 def test_layout_and_dequantize_are_their_twins(emulate: Emulate, scheme: str) -> None:
     emulate(900, True)

@@ -22,7 +22,7 @@
 #include "wgmma_half.cuh"
 #include "wna16_record.cuh"
 
-// TOKENS 8 to 128; WARPGROUPS 2 or 4; STAGES, at least 3; CLUSTER 1 or 2
+// TOKENS 8 to 128; WARPGROUPS 2 or 4; STAGES, at least 3; CLUSTER 1 or 2; SCALED, see SCALED_SUMS
 constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS, UNIT_ROWS = 16 * WARPS;
 constexpr int X_TILE = TOKENS * 128, X_STAGE = 2 * X_TILE;  // bytes
 constexpr int RECORDS_STAGE = WARPS * RECORD_BYTES, RECORDS_AT = STAGES * X_STAGE;
@@ -33,11 +33,16 @@ constexpr int AHEAD = STAGES - 2;  // a stage is asked for so many steps before 
 // steps of 16 columns at a time. 4: ptxas does not end; 2 where 64 registers are all: it lets every wgmma wait for itself
 constexpr int HALF_STEPS = 4, BATCH = THREADS * BLOCKS >= 1024 && TOKENS > 8 ? 1 : 2, BATCHES = HALF_STEPS / BATCH;
 
+// SCALED_SUMS: codes are multiplied as they are, and a group's sums are scaled when it ends: fewer instructions where tokens
+// are few. Else a weight is scaled before it is multiplied, and the sums run over all of K.
+constexpr bool SCALED_SUMS = SCALED && GROUP_STEPS % BATCH == 0;
+
 SHARED_MEMORY(1024);
 
 // what stands beside the codes of rows g and g + 8 in one group, each as a pair of equal halves
 struct GroupPairs {
     u32 offset[2], scale[2], rest[2];  // rest: of a scale that one bf16 does not hold; tables only
+    Pair of_sums;                      // SCALED_SUMS: the scales
 };
 
 DEVICE u32 offset_pair(u32 zero) {
@@ -53,19 +58,21 @@ DEVICE GroupPairs load_group(const u8* record, int group, int g) {
         zeros[0] = both & 0xFF, zeros[1] = both >> 8;
     }
     Pair scales = load_scales(record, group, g);
+    pairs.of_sums = scales;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
+        if constexpr (HAS_OFFSET) pairs.offset[row] = offset_pair(zeros[row]);
+        if constexpr (SCALED_SUMS) continue;
         float scale = row ? scales.high : scales.low;
         if constexpr (!XTYPE && !IS_LUT) scale *= 1.f / (1 << FAST_BITS);
         u16 rounded = to_x(scale);
         pairs.scale[row] = rounded * 0x00010001u;
         if constexpr (IS_LUT && XTYPE) pairs.rest[row] = to_x(scale - from_x(rounded)) * 0x00010001u;
-        if constexpr (HAS_OFFSET) pairs.offset[row] = offset_pair(zeros[row]);
     }
     return pairs;
 }
 
-// operand A of step j: weights, rounded to x's type
+// operand A of step j: weights, rounded to x's type, or without their scale
 DEVICE void weights_of(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, const GroupPairs& pairs, u32 magic, u32 column) {
     if constexpr (IS_LUT) {
 #pragma unroll
@@ -79,6 +86,7 @@ DEVICE void weights_of(u32 (&a)[4], const u32 (&words)[HALF_WORDS], int j, const
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = sub2(a[i], pairs.offset[i % 2]);
     }
+    if constexpr (SCALED_SUMS) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (IS_LUT && XTYPE) a[i] = fma2(a[i], pairs.scale[i % 2], mul2(a[i], pairs.rest[i % 2]));
@@ -126,6 +134,11 @@ struct Schedule {
 };
 
 using Sums = float[TOKENS / 2];
+
+DEVICE void add_scaled(Sums& acc, const Sums& of_group, const Pair& scales) {
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i) acc[i] += (i % 4 < 2 ? scales.low : scales.high) * of_group[i];
+}
 
 // a warp's sums in memory: [block][warp][TOKENS / 8][lane] float4; flags [block][warp][TOKENS / 8] behind them all
 constexpr int OCTETS = TOKENS / 8;
@@ -258,8 +271,10 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         if (CLUSTER > 1 && lane < CLUSTER) barrier_arrive_at(base + EMPTY_AT + stage * 8, lane);
     };
 
-    const Outputs outputs = {bias, y, M, N, *factor * (XTYPE || IS_LUT ? 1.f : static_cast<float>(1 << FAST_BITS))};
-    Sums acc = {};
+    constexpr bool IS_SMALLER = !XTYPE && !IS_LUT && !SCALED_SUMS;
+    const Outputs outputs = {bias, y, M, N, *factor * (IS_SMALLER ? static_cast<float>(1 << FAST_BITS) : 1.f)};
+    Sums acc = {}, of_group = {};
+    Pair last = {};  // the scales of of_group
     u32 a[2][BATCH][4];
     const u32 magic = opaque(MAGIC), column = 4 * lane;
     const u32 x_tiles = descriptor_low(base);
@@ -293,15 +308,27 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
                     if (step % GROUP_STEPS == 0) pairs = load_group(record, step / GROUP_STEPS, g);
                     weights_of(operands[at], words, step % HALF_STEPS, pairs, magic, column);
                 }
+                constexpr int GROUP_BATCHES = (GROUP_STEPS + BATCH - 1) / BATCH;
+                const bool fresh = SCALED_SUMS && batch % GROUP_BATCHES == 0;
+                if (fresh) {
+                    wgmma_wait<0>();
+                    add_scaled(acc, of_group, last);
+                    last = pairs.of_sums;
+                }
                 wgmma_fence();
 #pragma unroll
-                for (int at = 0; at < BATCH; ++at)
-                    wgmma(acc, operands[at], x_at + batch / BATCHES * (X_TILE / 16) + 2 * ((batch * BATCH + at) % HALF_STEPS));
+                for (int at = 0; at < BATCH; ++at) {
+                    const u64 b = x_at + batch / BATCHES * (X_TILE / 16) + 2 * ((batch * BATCH + at) % HALF_STEPS);
+                    if constexpr (!SCALED_SUMS) wgmma<true>(acc, operands[at], b);
+                    else if (fresh && at == 0) wgmma<false>(of_group, operands[at], b);
+                    else wgmma<true>(of_group, operands[at], b);
+                }
                 wgmma_commit();
             }
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         wgmma_wait<0>();
+        if constexpr (SCALED_SUMS) add_scaled(acc, of_group, last), last = {};
         const Piece piece = pieces[index];
         if (parts > 0 || piece.step + piece.left < per_strip) hand_on(acc, partial, warp, lane, parts > 0 ? OCTETS : 1);
         else {

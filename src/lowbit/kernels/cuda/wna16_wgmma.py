@@ -28,7 +28,8 @@ _MOST_PIECES, _PIECES_BYTES = 96, 1920  # of tiles in one block; a list of them 
 class Tile:
     """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM.
 
-    cluster: blocks (1 or 2) that work as one of so many times the rows, and share x.
+    cluster: blocks (1 or 2) that work as one of so many times the rows, and share x. scales_sums: scales meet the sums
+    of a group, not the weights.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class Tile:
     stages: int
     blocks: int
     cluster: int = 1
+    scales_sums: bool = False
 
     @property
     def rows(self) -> int:
@@ -52,11 +54,13 @@ class Tile:
         return _aligned(self.stages * self.stage_bytes(form)) + barriers + _table_bytes(form)
 
 
-def tile_for(form: FastForm, tokens: int, warpgroups: int, blocks: int = 1, cluster: int = 1) -> Tile:
+def tile_for(
+    form: FastForm, tokens: int, warpgroups: int, blocks: int = 1, cluster: int = 1, scales_sums: bool = False
+) -> Tile:
     """The tile with as many stages as its share of a multiprocessor's shared memory holds, 8 at most."""
     share = _SHARED_BYTES // blocks - 1024 - _PIECES_BYTES - _table_bytes(form) - 256
     bytes_each = Tile(tokens, warpgroups, 0, blocks, cluster).stage_bytes(form)
-    return Tile(tokens, warpgroups, min(8, share // bytes_each), blocks, cluster)
+    return Tile(tokens, warpgroups, min(8, share // bytes_each), blocks, cluster, scales_sums)
 
 
 def _table_bytes(form: FastForm) -> int:
@@ -207,5 +211,11 @@ def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, spre
 def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
     """The defines that compile wna16_wgmma.cu."""
     tiles = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups))
-    shape = (*tiles, ("STAGES", tile.stages), ("BLOCKS", tile.blocks), ("CLUSTER", tile.cluster))
+    shape = (
+        *tiles,
+        ("STAGES", tile.stages),
+        ("BLOCKS", tile.blocks),
+        ("CLUSTER", tile.cluster),
+        ("SCALED", int(tile.scales_sums)),
+    )
     return (*form_defines(form), ("XTYPE", int(dtype == torch.bfloat16)), *shape)
