@@ -1,9 +1,10 @@
 """Every plan of the weight-only kernels worth a thought, timed and checked; the best first plan of each line last.
 
-    python sweep.py OUT.json SECONDS SHAPES TOKENS
+    python sweep.py OUT.json SECONDS SHAPES TOKENS [PLANS.json]
 
-A plan of wna16_wgmma.cu is a tile and how its work is shared; to 8 tokens, also tiles of wna16_mma.cu. Rows: shape, M,
-the plan, us in a graph over rotated weights, relative error against float64, whether two runs gave the same bits.
+PLANS.json gets the best plan of each shape and tile, as lowbit.kernels.cuda.wna16_plans reads them. A plan of
+wna16_wgmma.cu is a tile and how its work is shared; to 8 tokens, also tiles of wna16_mma.cu. Rows: shape, M, the plan,
+us in a graph over rotated weights, relative error against float64, whether two runs gave the same bits.
 """
 
 import json
@@ -29,10 +30,12 @@ from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
 INT4 = FastForm("int4", 128, False)
-FEW = ((4, 1, 1), (4, 1, 1, True), (4, 2, 1), (4, 2, 1, True), (2, 2, 1, True))
 SHARES = {  # warpgroups, blocks, cluster, whether sums are scaled; by tokens
-    **{8: FEW[1:], 16: FEW, 32: (*FEW[:4], (4, 1, 2), (2, 2, 1))},
-    **{64: ((4, 1, 1), (4, 1, 1, True), (4, 1, 2), (2, 2, 1)), 128: ((4, 1, 1), (4, 1, 2), (2, 1, 1))},
+    8: ((4, 1, 1, True), (4, 2, 1, True), (2, 2, 1, True)),
+    16: ((4, 1, 1), (4, 1, 1, True), (4, 2, 1, True), (2, 2, 1, True)),
+    32: ((4, 1, 1), (4, 1, 1, True), (4, 2, 1, True), (2, 2, 1)),
+    64: ((4, 1, 1), (4, 1, 1, True), (4, 1, 2), (2, 2, 1)),
+    128: ((4, 1, 1), (4, 1, 2), (2, 1, 1)),
 }
 TILES = {tokens: tuple(tile_for(INT4, tokens, *share) for share in shares) for tokens, shares in SHARES.items()}
 MMA_TILES = ((16, 2, 1, 2, 1), (16, 2, 1, 3, 1), (16, 1, 1, 4, 1), (16, 1, 1, 4, 2), (16, 2, 1, 2, 2), (8, 2, 1, 4, 2))
@@ -44,10 +47,13 @@ def wgmma_plans(x: Tensor, size: tuple[int, int]) -> Plans:
     count, processors = x.shape[0], gpu_of(x.device).processors
     for tile in TILES[next((tokens for tokens in TILES if count <= tokens), 128)]:
         once = processors // tile.cluster
-        for workers, spread in wna16_wgmma.workers_of(tile, size, count, processors):
-            if 0.8 * once < workers <= once or workers > 1.8 * once or (not spread and workers >= 0.6 * once):
-                plan = wna16_wgmma.plan_for(tile, INT4, size, count, x.dtype, x.device, workers, spread)
-                yield {**asdict(tile), "workers": workers, "spread": spread}, plan
+        worth = wna16_wgmma.workers_of(tile, size, count, processors)
+        limits = (once, once * tile.blocks) if tile.blocks > 1 else (once,)
+        spread = {max((n for n, spread in worth if spread and n <= most), default=0) for most in limits}
+        alone = {n for n, spread in worth if not spread and n > 0.6 * once}
+        for workers, together in [*((n, False) for n in sorted(alone)), *((n, True) for n in sorted(spread) if n)]:
+            plan = wna16_wgmma.plan_for(tile, INT4, size, count, x.dtype, x.device, workers, together)
+            yield {**asdict(tile), "workers": workers, "spread": together}, plan
 
 
 def mma_plans(x: Tensor, size: tuple[int, int]) -> Plans:
@@ -61,7 +67,7 @@ def mma_plans(x: Tensor, size: tuple[int, int]) -> Plans:
 
 
 def main() -> None:
-    path, seconds, shapes, tokens = sys.argv[1:]
+    path, seconds, shapes, tokens, *plans_path = sys.argv[1:]
     deadline, rows = time.time() + float(seconds), []
     scheme = QuantScheme.parse("w4a16-g128")
     for shape in shapes.split(","):
@@ -72,9 +78,12 @@ def main() -> None:
         for count in map(int, tokens.split(",")):
             x = torch.randn(count, size[1], device="cuda", dtype=torch.bfloat16)
             exact = linear(x[:64].double(), w)
-            for name, module, plans in KERNELS[: 2 if count <= 8 else 1]:
+            for name, module, plans in KERNELS[count == 1 : 2 if count <= 8 else 1]:
                 found = list(timed(module, plans(x, size), x, weights, exact, deadline))
-                rows += [{"shape": shape, "kernel": name, "M": count, **row} for row in found]
+                at = {"kernel": name, "processors": gpu_of(x.device).processors, "codes": "int4", "N": size[0]}
+                rows += [{**at, "K": size[1], "shape": shape, "M": count, **row} for row in found]
+                if plans_path:
+                    Path(plans_path[0]).write_text(best_plans(rows), encoding="utf-8")
                 Path(path).write_text(json.dumps(rows), encoding="utf-8")
                 for row in sorted(found, key=lambda row: row["us"])[:4]:
                     print(f"{shape} M={count} {name} {row['us']:.2f} us", row, flush=True)
@@ -82,6 +91,19 @@ def main() -> None:
                 print(f"{len(found)} plans, wrong: {wrong}", flush=True)
             if time.time() > deadline:
                 return
+
+
+def best_plans(rows: list[dict[str, Any]]) -> str:
+    """JSON of the fastest right plan for each kernel, shape and tile."""
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        tokens = row["M"] if row["M"] == 1 else wna16_wgmma.tokens_of_tile(row["M"])
+        key = row["kernel"], row["N"], row["K"], tokens
+        right = row["error"] < 3e-3 and row["same"] and row["M"] <= 128
+        if right and (key not in best or row["us"] < best[key]["us"]):
+            kept = {name: row[name] for name in row if name not in ("shape", "M", "error", "same", "chosen")}
+            best[key] = {**kept, "us": round(row["us"], 2), "tokens": tokens}
+    return "[\n" + ",\n".join(json.dumps(row) for row in best.values()) + "\n]\n"
 
 
 def timed(
@@ -98,7 +120,7 @@ def timed(
         y = module.linear(x, weights[0], None)
         error = float((y[:64].double() - exact).norm() / exact.norm())
         same = torch.equal(y, module.linear(x, weights[0], None))
-        us = graph_us([lambda w=w: module.linear(x, w, None) for w in weights], 8.0)
+        us = graph_us([lambda w=w: module.linear(x, w, None) for w in weights], 5.0)
         yield {**what, "us": us, "error": error, "same": same, "chosen": plan == chosen}
     module.plan_of = plan_of  # type: ignore[attr-defined]
 

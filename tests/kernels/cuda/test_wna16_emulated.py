@@ -104,7 +104,7 @@ WGMMA = (
     (True, 3, "w2a16-g16", (390, 264, 208), HALF),  # whole tiles after the shared ones
     (False, 7, "w4a16-g128", (5, 257, 1920), BFLOAT),  # an odd number of rows
     (True, -6, "w4a16-g128", (70, 280, 640), BFLOAT),  # six workers finish two tiles together
-    (False, -3, "w4a16-g64-asym", (40, 280, 640), HALF),
+    (False, -4, "w4a16-g64-asym", (40, 280, 640), HALF),
 )
 
 

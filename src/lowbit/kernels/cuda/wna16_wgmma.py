@@ -15,9 +15,11 @@ from lowbit.kernels.cuda.compiler import Kernel, current_stream, load_kernel
 from lowbit.kernels.cuda.device import gpu_of, gpu_refusal, on_device_of
 from lowbit.kernels.cuda.tensor_map import tensor_map
 from lowbit.kernels.cuda.wna16_layout import Defines, fast, form_defines
+from lowbit.kernels.cuda.wna16_plans import measured_plan
 from lowbit.kernels.layout import FastForm, FastWeight, form_refusal
 from lowbit.tensors import PackedWeight
 
+_LEAST_STAGES = 3
 _PARAMETERS = "P128sPPPPPiiiiii"
 _TABLE_BYTES = 32 * 1024
 _SHARED_BYTES = 228 * 1024  # of a multiprocessor of sm_90; the system takes 1 KB a block
@@ -132,6 +134,8 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
 def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """The launch for a weight [N, K] of this form and `tokens` rows of x."""
     processors = gpu_of(device).processors
+    if known := _known(form, shape, tokens, processors):
+        return plan_for(known[0], form, shape, tokens, dtype, device, *known[1:])
     choices = [
         (_cost_us(tile, shape, tokens, workers, spread, processors), index, workers, spread, tile)
         for index, tile in enumerate(tiles_of(form, tokens))
@@ -139,6 +143,20 @@ def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dt
     ]
     _, _, workers, spread, tile = min(choices)
     return plan_for(tile, form, shape, tokens, dtype, device, workers, spread)
+
+
+def _known(form: FastForm, shape: tuple[int, int], tokens: int, processors: int) -> tuple[Tile, int, bool] | None:
+    """(tile, workers, spread) that was measured for these codes, else for int4, or None."""
+    size = tokens_of_tile(tokens)
+    if tokens > size:
+        return None
+    for codes in (form.codes, "int4"):
+        if row := measured_plan("wgmma", processors, codes, shape, size):
+            scales_sums = row["scales_sums"] if codes == form.codes else scales_sums_of(form, size)
+            tile = tile_for(form, size, row["warpgroups"], row["blocks"], row["cluster"], scales_sums)
+            if tile.stages >= _LEAST_STAGES:
+                return tile, row["workers"], row["spread"]
+    return None
 
 
 def plan_for(
@@ -153,6 +171,7 @@ def plan_for(
     kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, wgmma_defines(form, dtype, tile), shared)
     tiles, token_tiles = tiles_in(tile, shape, tokens), -(-tokens // tile.tokens)
     if spread:
+        assert workers % tiles == 0, (workers, tiles)
         parts, waves, whole = workers // tiles, 0, False
         workers += parts
     else:
@@ -182,18 +201,24 @@ def workers_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int)
     return [*((workers, False) for workers in sorted(alone)), *even]
 
 
+def tokens_of_tile(tokens: int) -> int:
+    """Tokens of the smallest tile that holds `tokens` of them, or of the largest."""
+    return next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+
+
+def scales_sums_of(form: FastForm, tokens: int) -> bool:
+    """Whether scaling a group's sums takes fewer instructions than its weights: a table's scale costs two a pair."""
+    return form.group >= 32 and tokens <= (64 if form.codes == "lut" else 16)
+
+
 def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
-    """Tiles worth trying for `tokens` rows of x."""
-    wanted = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
-    half = tile_for(form, wanted, 2, 1 if wanted == 128 or form.codes == "lut" else 2)
-    return (tile_for(form, wanted, 4), half)
+    """Tiles worth trying for `tokens` rows of x, where no plan has been measured."""
+    size = tokens_of_tile(tokens)
+    return (tile_for(form, size, 4, scales_sums=scales_sums_of(form, size)),)
 
 
-# A step of 128 columns of a multiprocessor's blocks, by tokens and warpgroups
-_STEP_US = {
-    (8, 4): 0.69, (8, 2): 0.92, (16, 4): 0.69, (32, 4): 0.77, (64, 4): 0.97, (128, 4): 1.35,
-    (16, 2): 0.92, (32, 2): 1.03, (64, 2): 0.97, (128, 2): 0.76,
-}  # fmt: skip
+# A step of 128 columns of a block with four warpgroups, by tokens
+_STEP_US = {8: 0.64, 16: 0.66, 32: 0.75, 64: 0.95, 128: 1.3}
 
 
 def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, spread: bool, processors: int) -> float:
@@ -202,10 +227,10 @@ def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, spre
     waves, whole = waves_of(tiles, workers)
     shared = (tiles - waves * workers) * steps
     longest = -(-shared // workers) + waves * steps
-    handed = 0.6 * tile.tokens * tile.warpgroups / 256
-    taken = 2.0 + handed if spread else 0.0 if whole else 1.0 + handed * -(-workers * steps // shared)
-    at_once = -(-workers * tile.cluster // processors)  # of a multiprocessor; _STEP_US holds for all it can have
-    return longest * _STEP_US[tile.tokens, tile.warpgroups] * at_once / tile.blocks + 3.5 + taken
+    others = -(-workers * steps // max(shared, 1))  # that a tile's last worker takes sums over from
+    handed = 0.0 if whole else 2.0 + tile.tokens / 64 if spread else 1.0 + others * (0.7 + tile.tokens / 64)
+    at_once = -(-workers * tile.cluster // processors)
+    return longest * _STEP_US[tile.tokens] * at_once + 3.5 + handed
 
 
 def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
