@@ -7,11 +7,12 @@ time hangs on it: whoever skips it compiles each variant at its first use.
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from unittest.mock import patch
 
 import torch
-from sweep import MMA_TILES, TILES
+from sweep import MMA_TILES, SHARES, TILES
 
 from lowbit.kernels.cuda import compiler, wna16_dequantize, wna16_layout, wna16_mma, wna16_wgmma
 from lowbit.kernels.cuda.device import Gpu
@@ -67,6 +68,11 @@ def wanted(forms: Sequence[FastForm], dtypes: Sequence[torch.dtype]) -> list[Wan
                 wna16_layout.layout_kernel(form, bits, device)
     for tile in (tile for tiles in TILES.values() for tile in tiles):
         found["wna16_wgmma.cu", wna16_wgmma.wgmma_defines(FORMS[0], torch.bfloat16, tile)] = None
+    for form, (size, shares) in product(forms[1:3], SHARES.items()):
+        for share in shares:
+            tile = wna16_wgmma.tile_for(form, size, *share[:3], wna16_wgmma.scales_sums_of(form, size))
+            if tile.stages >= 3:
+                found["wna16_wgmma.cu", wna16_wgmma.wgmma_defines(form, torch.bfloat16, tile)] = None
     for numbers in MMA_TILES:
         found["wna16_mma.cu", wna16_mma.mma_defines(FORMS[0], torch.bfloat16, wna16_mma.Tile(*numbers))] = None
     return list(found)

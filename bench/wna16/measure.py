@@ -1,9 +1,9 @@
 """Rows of the weight-only kernels and their peers, most wanted first, until the time is up; written as they come.
 
-    python measure.py OUT.json SECONDS COMMIT SCHEMES SHAPES TOKENS [PEERS]
+    python measure.py OUT.json SECONDS COMMIT [SCHEMES SHAPES TOKENS PEERS]...
 
-SCHEMES, SHAPES, TOKENS, PEERS: commas between them; PEERS: "all", "none" or names. Also what the layout, dequantize
-and a copy of the weight take. `lowbit bench kernels` prints the same rows as tables.
+SCHEMES, SHAPES, TOKENS, PEERS: commas between them. Also what the layout, dequantize and a copy of the weight take.
+`lowbit bench kernels` prints the same rows as tables.
 """
 
 import sys
@@ -49,31 +49,34 @@ def whole_weight_rows(shape: str, scheme: str) -> list[bench.Row]:
 
 
 def main() -> None:
-    path, seconds, commit, schemes, shapes, tokens, *wanted_peers = sys.argv[1:]
-    deadline, rows = time.time() + float(seconds), []
-    wanted = wanted_peers[0] if wanted_peers else "all"
-    if wanted not in ("all", "none"):
-        peers.PEERS = tuple(peer for peer in peers.PEERS if peer.name in wanted.split(","))
-    counts = [int(count) for count in tokens.split(",")]
+    path, seconds, commit, *groups = sys.argv[1:]
+    deadline, rows, known = time.time() + float(seconds), [], peers.PEERS
     ceilings = bench.measure_ceilings()
     print(ceilings, flush=True)
-    for shape, scheme in product(shapes.split(","), schemes.split(",")):
-        ours = KERNELS if "gate_up" in shape or "8B" in shape else KERNELS[:2]
-        for row in bench.rows_for(shape, scheme, counts, ceilings, wanted != "none", ours):
+    wanted = [group for at in range(0, len(groups), 4) for group in product(*parts_of(groups[at : at + 4]))]
+    for shape, scheme, tokens, names in wanted:
+        peers.PEERS = tuple(peer for peer in known if peer.name in names)
+        ours = KERNELS if shape.startswith("8B") else KERNELS[:2]
+        for row in bench.rows_for(shape, scheme, tokens, ceilings, True, ours):
             rows.append(row)
             error = f" error {row.error:.1e} cold {row.cold_us:.1f}" if row.error is not None else ""
             print(f"{shape} {scheme} M={row.M} {row.kernel}: {row.us:.1f} us {row.gbps:.0f} GB/s{error}", flush=True)
             if time.time() > deadline:
                 break
+        if shape == "8B.gate_up":
+            for row in whole_weight_rows(shape, scheme):
+                rows.append(row)
+                print(f"{scheme} {row.kernel}: {row.us:.1f} us {row.gbps:.0f} GB/s", flush=True)
         bench.write_results(Path(path), ceilings, rows, commit)
         if time.time() > deadline:
             print("time is up at", shape, scheme)
             return
-    for scheme in schemes.split(","):
-        for row in whole_weight_rows("8B.gate_up", scheme):
-            rows.append(row)
-            print(f"{scheme} {row.kernel}: {row.us:.1f} us {row.gbps:.0f} GB/s", flush=True)
-        bench.write_results(Path(path), ceilings, rows, commit)
+
+
+def parts_of(group: list[str]) -> tuple[list[str], list[str], list[list[int]], list[list[str]]]:
+    """(shapes, schemes, [tokens], [peers]) of one group of arguments."""
+    schemes, shapes, tokens, names = (part.split(",") for part in group)
+    return shapes, schemes, [[int(count) for count in tokens]], [names]
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def rows_for(
 
 def _sensible(candidate: Candidate, tokens: int) -> bool:
     """Leaves out what nobody would run: tiles of 16 tokens for thousands, a whole dequantized weight for one."""
-    least, most = {"cuda_mma": (1, 32), "cuda_dequantize": (256, 1 << 30), "triton_wna16": (1, 64)}.get(
+    least, most = {"cuda_mma": (1, 16), "cuda_dequantize": (256, 1 << 30), "triton_wna16": (1, 64)}.get(
         candidate.name, (1, 1 << 30)
     )
     return least <= tokens <= most
