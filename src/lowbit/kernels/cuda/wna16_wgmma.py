@@ -228,7 +228,7 @@ def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, spre
     shared = (tiles - waves * workers) * steps
     longest = -(-shared // workers) + waves * steps
     others = -(-workers * steps // max(shared, 1))  # that a tile's last worker takes sums over from
-    handed = 0.0 if whole else 2.0 + tile.tokens / 64 if spread else 1.0 + others * (0.7 + tile.tokens / 64)
+    handed = 0.0 if whole else 2.0 + tile.tokens / 64 if spread else 1.5 + others * (0.7 + tile.tokens / 32)
     at_once = -(-workers * tile.cluster // processors)
     return longest * _STEP_US[tile.tokens] * at_once + 3.5 + handed
 
