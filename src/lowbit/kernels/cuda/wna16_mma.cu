@@ -185,37 +185,31 @@ DEVICE uint4 eight_of_x(const u16* row, const int* order, int k, int K, bool vec
 
 // `tokens` rows of x, columns of the block's slice, to shared memory [token][pitch], past K zeros; and the sum of each
 // group, [group][TOKENS] floats. order: x[:, order[k]]. BATCH loads are in flight at once: one by one, each token took
-// 0.4 us more (H200, K = 4096). A load is a chunk of a token, 16 bytes a thread.
-template <int BATCH>
+// 0.4 us more (H200, K = 4096).
 DEVICE void load_x(const u16* x, const int* order, int tokens, int K, const Work& work, int pitch, float* x_sums) {
+    constexpr int BATCH = 4;
     u16* xs = reinterpret_cast<u16*>(x_of_block());
-    const int columns = work.length() * RECORD_K, start = work.begin * RECORD_K, chunk = 8 * THREADS;
+    const int per_token = work.length() * (RECORD_K / 8), start = work.begin * RECORD_K, count = tokens * per_token;
     const bool vectors = order == nullptr && K % 8 == 0 && (reinterpret_cast<size_t>(x) & 15) == 0;
-    for (int token = 0, column = 8 * threadIdx.x, first = 0; token < tokens;) {  // first: the chunk's first column
+    for (int base = 0; base < count; base += BATCH * THREADS) {
         uint4 v[BATCH];
-        int t = token, at = column, chunk_at = first;
-        auto next = [&] {
-            at += chunk, chunk_at += chunk;
-            if (chunk_at >= columns) at -= chunk_at, chunk_at = 0, ++t;
-        };
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i, next()) {
+        for (int i = 0; i < BATCH; ++i) {
+            int at = base + i * THREADS + threadIdx.x, token = at / per_token, column = 8 * (at - token * per_token);
             v[i] = make_uint4(0, 0, 0, 0);
-            if (t < tokens && at < columns) v[i] = eight_of_x(x + static_cast<size_t>(t) * K, order, start + at, K, vectors);
+            if (at < count) v[i] = eight_of_x(x + static_cast<size_t>(token) * K, order, start + column, K, vectors);
         }
-        t = token, at = column, chunk_at = first;
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i, next()) {
-            if (t >= tokens) continue;
-            if (at < columns) *reinterpret_cast<uint4*>(xs + t * pitch + at) = v[i];
+        for (int i = 0; i < BATCH; ++i) {
+            int at = base + i * THREADS + threadIdx.x, token = at / per_token, column = 8 * (at - token * per_token);
+            if (at < count) *reinterpret_cast<uint4*>(xs + token * pitch + column) = v[i];
             if constexpr (HAS_OFFSET) {
                 float total = sum_of_eight(v[i]);
 #pragma unroll
                 for (int other = 1; other < GROUP / 8; other *= 2) total += __shfl_xor_sync(~0u, total, other);
-                if (at < columns && at % GROUP == 0) x_sums[at / GROUP * TOKENS + t] = total;
+                if (at < count && column % GROUP == 0) x_sums[column / GROUP * TOKENS + token] = total;
             }
         }
-        token = t, column = at, first = chunk_at;
     }
 }
 
@@ -325,9 +319,7 @@ wna16_mma(const u8* records, const u16* x, const int* order, const u16* levels, 
     float* slots = x_sums + (HAS_OFFSET ? longest * GROUPS * TOKENS : 0);
     const int slot_words = tokens * SUM_PITCH;
     wait_for_kernel_before();
-    const u16* my_x = x + static_cast<size_t>(first_token) * K;
-    if (tokens * work.length() * RECORD_K > 32 * THREADS) load_x<8>(my_x, order, tokens, K, work, pitch, x_sums);
-    else load_x<4>(my_x, order, tokens, K, work, pitch, x_sums);
+    load_x(x + static_cast<size_t>(first_token) * K, order, tokens, K, work, pitch, x_sums);
     __syncthreads();
 
     // ldmatrix: lane l asks for token l mod 8, columns 8 (l / 8). Where there are fewer tokens it reads something else,
