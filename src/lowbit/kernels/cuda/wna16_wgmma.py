@@ -197,7 +197,8 @@ def workers_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int)
     most = one_each * tile.blocks
     even = [(tiles * parts, True) for parts in range(2, min(steps, most // max(tiles, 1)) + 1)]
     least = -(-tiles // (_MOST_PIECES - 4))  # beyond thousands of tokens more workers than run at once
-    alone = {max(least, min(workers, tiles * steps)) for workers in (one_each, most, min(tiles, most))}
+    whole = -(-tiles // -(-tiles // one_each))  # as few as finish whole tiles in as many rounds as all would
+    alone = {max(least, min(workers, tiles * steps)) for workers in (one_each, most, whole)}
     return [*((workers, False) for workers in sorted(alone)), *even]
 
 
@@ -217,8 +218,9 @@ def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
     return (tile_for(form, size, 4, scales_sums=scales_sums_of(form, size)),)
 
 
-# A step of 128 columns of a block with four warpgroups, by tokens
-_STEP_US = {8: 0.64, 16: 0.66, 32: 0.75, 64: 0.95, 128: 1.3}
+# A step of 128 columns of a block with four warpgroups, by tokens, where all multiprocessors are busy. At 128 tokens
+# the chip as a whole is the limit: 1.43 with 112 of 132 (bench/results/wna16_sweep_h200.json)
+_STEP_US = {8: 0.64, 16: 0.66, 32: 0.75, 64: 0.95, 128: 1.68}
 
 
 def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, spread: bool, processors: int) -> float:
@@ -230,7 +232,8 @@ def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, spre
     others = -(-workers * steps // max(shared, 1))  # that a tile's last worker takes sums over from
     handed = 0.0 if whole else 2.0 + tile.tokens / 64 if spread else 1.5 + others * (0.7 + tile.tokens / 32)
     at_once = -(-workers * tile.cluster // processors)
-    return longest * _STEP_US[tile.tokens] * at_once + 3.5 + handed
+    busy = min(max(workers * tile.cluster / processors, 0.84), 1.0) if tile.tokens == 128 else 1.0
+    return longest * _STEP_US[tile.tokens] * busy * at_once + 3.5 + handed
 
 
 def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
