@@ -1,12 +1,12 @@
-"""QAT of SmolLM2 with self-distillation, against the GPTQ it begins with: one row per scheme and seed.
+"""QAT of SmolLM2 with self-distillation, beside rounding, GPTQ and what it begins with: a row per method and seed.
 
-    python bench/qat_smollm2.py MODEL TOKENS OUT.json --scheme w4a16-g64 --seed 0 --seconds 120 --lr 5e-4
+    python bench/qat_smollm2.py MODEL TOKENS OUT.json --scheme w4a16-g64 --seeds 0 1 --seconds 120 --lr 5e-4
         --calibration CALIBRATION.safetensors --evaluation EVALUATION.safetensors --commit C
 
 TOKENS: the training text as ids, little-endian uint16 in an .xz file (the whole of wiki_train). The student is the
-bfloat16 model with float32 masters of its linears, nothing else is trained; it takes `seconds`, captures included, and
-the learning rate falls with the time that has passed. Judged in float32 on windows of other articles (wiki_valid), as
-bench/accuracy/measure.py does.
+bfloat16 model as --start quantized it, with float32 masters of its linears; nothing else is trained. It takes
+`seconds`, captures included, and the learning rate falls with the time that has passed. Judged in float32 on windows of
+other articles (wiki_valid), as bench/accuracy/measure.py does.
 """
 
 import argparse
@@ -34,13 +34,12 @@ from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
 from lowbit.observe.tokens import Tokens
 from lowbit.train import qat
-from lowbit.train.compiled import compile_blocks, plain_blocks
 from lowbit.train.distill import Teacher, frozen
 from lowbit.train.graph import Capturable
 from lowbit.train.loop import LoopOptions, train
 
 T, MOST_STEPS, WARMUP = 1024, 10**6, 50
-JUDGING = 30.0  # seconds kept for it where --end is given
+JUDGING = 12.0  # seconds kept for it where --end is given
 
 
 def arguments() -> argparse.Namespace:
@@ -48,19 +47,16 @@ def arguments() -> argparse.Namespace:
     for name in ("model", "tokens", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--scheme", default="w4a16-g64")
-    parser.add_argument("--method", default="gptq", help="what training begins with: gptq or rtn-clip")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", default="gptq", help="the method that training begins with, judged too")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each trains for its share of the time")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--scale-rate", type=float, default=0.1)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
     parser.add_argument("--graphed", action="store_true", help="each step is a replayed CUDA graph")
     parser.add_argument("--end", type=float, default=0.0, help="instead of --seconds: the epoch's second to be done by")
-    parser.add_argument("--meet", type=Path, help="a folder in which runs that share a GPU wait for each other")
-    parser.add_argument("--parties", type=int, default=1)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--device", default="cuda")
@@ -93,24 +89,20 @@ def judged(model: PreTrainedModel, reference: judge.Reference) -> dict[str, Any]
     }
 
 
-def solved(base: PreTrainedModel, options: argparse.Namespace) -> PreTrainedModel:
-    """`base` quantized by the method that training begins with."""
-    model, recipe = copy.deepcopy(base), Recipe(QuantScheme.parse(options.scheme), options.method)
+def solved(base: PreTrainedModel, method: str, options: argparse.Namespace) -> PreTrainedModel:
+    """`base` quantized by `method`."""
+    model, recipe = copy.deepcopy(base), Recipe(QuantScheme.parse(options.scheme), method)
     tokens = stored(options.calibration, options.samples)
     device = torch.device(options.device)
     selection = select(model, find_blocks(model)[0], recipe.scheme)
-    batches = list(batched(tokens.ids, 8192)) if options.method == "gptq" else []
+    batches = list(batched(tokens.ids, 8192))
     quantize_blocks(model, Job(recipe, selection, batches, torch.bfloat16, device, hidden_device=device))
     return model
 
 
-def student_of(base: PreTrainedModel, start: PreTrainedModel, scheme: str) -> PreTrainedModel:
-    student = copy.deepcopy(base).to(torch.bfloat16).requires_grad_(False)
-    qat.prepare(student, QuantScheme.parse(scheme), options=qat.QatOptions(FakeOptions(masters=True)), start=start)
-    for module in student.modules():
-        if isinstance(module, FakeQuantLinear):
-            module.weight.requires_grad_()
-    return student
+def student_of(start: PreTrainedModel) -> PreTrainedModel:
+    """`start` with linears that learn, in place."""
+    return qat.reopen(start.to(torch.bfloat16).requires_grad_(False), qat.QatOptions(FakeOptions(masters=True)))
 
 
 def optimizer_of(student: nn.Module, lr: float, scale_rate: float) -> torch.optim.Optimizer:
@@ -122,16 +114,17 @@ def optimizer_of(student: nn.Module, lr: float, scale_rate: float) -> torch.opti
 
 
 def learned(
-    student: PreTrainedModel, teacher: PreTrainedModel, text: Tensor, options: argparse.Namespace
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    text: Tensor,
+    seed: int,
+    budget: float,
+    options: argparse.Namespace,
 ) -> tuple[list[float], list[float]]:
     """(losses, seconds after which each step had ended)."""
-    if options.compile:
-        for model in (student, teacher):
-            compile_blocks(model)
     optimizer = optimizer_of(student, options.lr, options.scale_rate)
-    budget = options.end - time.time() - JUDGING if options.end else options.seconds
     loop = LoopOptions(
-        MOST_STEPS, options.batch, WARMUP, seed=options.seed, diverged=5.0, graphed=options.graphed, seconds=budget
+        MOST_STEPS, options.batch, WARMUP, seed=seed, diverged=5.0, graphed=options.graphed, seconds=budget
     )
     started, times = time.perf_counter(), list[float]()
 
@@ -143,51 +136,58 @@ def learned(
     return train(Capturable(student), text, Teacher(Capturable(teacher)), optimizer, loop, None, progress).losses, times
 
 
-def meet(options: argparse.Namespace) -> None:
-    """Wait, a minute at most, until all runs have come this far: only then a step's time is what it will be."""
-    if options.meet is None:
-        return
-    options.meet.mkdir(parents=True, exist_ok=True)
-    (options.meet / f"{options.scheme}-{options.seed}").touch()
-    until = time.perf_counter() + 60
-    while len(list(options.meet.iterdir())) < options.parties and time.perf_counter() < until:
-        time.sleep(0.2)
+class Rows:
+    """The rows of one run: printed and written as they come."""
+
+    def __init__(self, options: argparse.Namespace, reference: judge.Reference) -> None:
+        self.out, self.reference, self.rows = options.out, reference, list[dict[str, Any]]()
+        self.common = {
+            "model": "SmolLM2-135M-Instruct, permuted", "scheme": options.scheme,
+            "device": _device_name(torch.device(options.device)), "torch": torch.__version__, "commit": options.commit,
+        }  # fmt: skip
+
+    def add(self, row: dict[str, Any], model: PreTrainedModel) -> None:
+        self.rows.append(self.common | row | judged(model, self.reference))
+        _show(self.rows[-1])
+        self.out.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+
+
+def trained_row(
+    start: PreTrainedModel, teacher: PreTrainedModel, text: Tensor, seed: int, budget: float,
+    options: argparse.Namespace,
+) -> tuple[dict[str, Any], PreTrainedModel]:  # fmt: skip
+    """A row's settings and times, and the quantized model that training from `start` gave; start is used up."""
+    student, clock = student_of(start), time.perf_counter()
+    losses, times = learned(student, teacher, text, seed, budget, options)
+    seconds = time.perf_counter() - clock
+    row = {
+        "seed": seed, "method": f"qat, self-distillation from {options.start}", "steps": len(losses),
+        "batch": options.batch, "tokens": len(losses) * options.batch * T, "lr": options.lr,
+        "scale_lr": options.lr * options.scale_rate, "graphed": options.graphed,
+        "seconds": seconds, "first_step_seconds": times[0],
+        "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1),
+        "peak_bytes": torch.cuda.max_memory_allocated() if options.device == "cuda" else 0,
+        "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
+    }  # fmt: skip
+    return row, qat.convert(student).to(torch.float32)
 
 
 def main() -> None:
     options = arguments()
     device, text = torch.device(options.device), training_text(options.tokens)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(device)
-    reference = judge.Reference.of(base, stored(options.evaluation, options.windows))
-    clock = time.perf_counter()
-    start = solved(base, options)
-    common = {"scheme": options.scheme, "seed": options.seed, "device": _device_name(device), "batch": options.batch,
-              "torch": torch.__version__, "commit": options.commit, "model": "SmolLM2-135M-Instruct, permuted"}  # fmt: skip  # noqa: E501
-    rows = [common | {"method": options.method, "seconds": time.perf_counter() - clock} | judged(start, reference)]
-    _show(rows[-1])
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    student = student_of(base, start, options.scheme)
-    del start
+    rows = Rows(options, judge.Reference.of(base, stored(options.evaluation, options.windows)))
+    for method in dict.fromkeys(["rtn", "gptq", options.start]):
+        clock = time.perf_counter()
+        start = solved(base, method, options)
+        rows.add({"method": method, "seconds": time.perf_counter() - clock}, start)
     teacher = copy.deepcopy(base).to(torch.bfloat16)
     frozen([teacher])
-    meet(options)
-    clock = time.perf_counter()
-    losses, times = learned(student, teacher, text, options)
-    seconds = time.perf_counter() - clock
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    plain = qat.convert(student).to(torch.float32)
-    plain_blocks(plain)
-    rows.append(common | {
-        "method": f"qat, self-distillation from {options.method}", "steps": len(losses),
-        "tokens": len(losses) * options.batch * T, "lr": options.lr,
-        "scale_lr": options.lr * options.scale_rate,
-        "graphed": options.graphed, "compiled": options.compile, "seconds": seconds,
-        "ms_per_step": 1e3 * (times[-1] - times[0]) / max(1, len(times) - 1), "first_step_seconds": times[0],
-        "peak_bytes": peak,
-        "losses": [round(sum(part) / len(part), 5) for part in _parts(losses, 50)],
-    } | judged(plain, reference))  # fmt: skip
-    _show(rows[-1])
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for done, seed in enumerate(options.seeds):
+        runs = len(options.seeds) - done
+        left = max(1.0, (options.end - time.time()) / runs - JUDGING)
+        budget = left if options.end else options.seconds
+        rows.add(*trained_row(copy.deepcopy(start), teacher, text, seed, budget, options))
 
 
 def _parts(losses: list[float], size: int) -> list[list[float]]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lowbit.io.checkpoint import write_checkpoint
 from lowbit.io.names import disk_layout
 from lowbit.io.source import Source, load_float, open_source
-from lowbit.model.layers import LayerLog
+from lowbit.model.log import LayerLog
 from lowbit.model.quantize import Job, quantize_blocks
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import Rule, Selection, select

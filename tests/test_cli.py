@@ -91,7 +91,7 @@ def test_the_defaults_are_those_of_the_issue(place: Path, tmp_path: Path, monkey
         model: str, out: Path, recipe: Recipe, conditions: Conditions, bits: float | None, candidates: tuple[int, ...]
     ) -> Report:
         seen.update(model=model, out=out, recipe=recipe, conditions=conditions)
-        assert (bits, candidates) == (None, (2, 3, 4, 6, 8))
+        assert (bits, candidates) == (None, (2, 3, 4, 5, 6, 8))
         raise lowbit.InputError("far enough")
 
     monkeypatch.setattr("lowbit.cli.quantize.quantize", fake)
@@ -104,6 +104,41 @@ def test_the_defaults_are_those_of_the_issue(place: Path, tmp_path: Path, monkey
         0.9, None, None,
     )  # fmt: skip
     assert (conditions.device, conditions.overwrite) == ("auto", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--calibration", "mine.txt"], ("aligned", 2)),
+        (["--calibration", "mine.txt", "--method", "gptq"], ("gptq", None)),
+        (["--calibration", "mine.txt", "--effort", "1"], ("rtn-weighted", 1)),
+        (["--calibration", "mine.txt", "--scheme", "nf4-b64"], ("rtn", 0)),
+    ],
+)
+def test_text_of_ones_own_means_effort_2_where_no_method_is_named(
+    options: list[str], expected: tuple[str, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+
+    def fake(model: str, out: Path, recipe: Recipe, *_: object) -> Report:
+        seen.append(recipe)
+        raise lowbit.InputError("far enough")
+
+    monkeypatch.setattr("lowbit.cli.quantize.quantize", fake)
+    assert lowbit_command("quantize", "owner/name", "-o", tmp_path / "out", *options).code == 2
+    assert [(recipe.method, recipe.effort) for recipe in seen] == [expected]
+
+
+def test_an_effort_shows_what_each_level_gained_by_kind_of_layer(place: Path, tmp_path: Path) -> None:
+    options = ["--scheme", "w3a16-g16", "--effort", "1", "--calibration", place / "calibration.txt", "--samples", 8]
+    out = lowbit_command(
+        "quantize", place / "model", "-o", tmp_path / "out", *options, "--seq-len", 32, "--no-eval"
+    ).out
+    assert "What each level gained" in out
+    table = out[out.index("What each level gained") :]
+    row = next(line for line in table.splitlines() if "down_proj" in line)
+    rtn, weighted = (float(cell) for cell in re.findall(r"([\d.]+)%", row))
+    assert 0 < weighted < rtn
 
 
 def test_formats_that_gptq_does_not_know_are_rounded_by_default(place: Path, tmp_path: Path) -> None:

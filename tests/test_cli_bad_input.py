@@ -5,6 +5,7 @@
 """
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from saved import save_tiny, write_text
 
 from lowbit.numerics.scheme import GRAMMAR
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 class Place(NamedTuple):
@@ -52,6 +55,15 @@ def refused(place: Place, *command: object) -> str:
     assert ended.out == ""
     assert sorted(place.folder.rglob("*")) == before
     return ended.message.removeprefix("error: ")
+
+
+def test_a_tokenizer_of_another_model_is_refused(place: Place) -> None:
+    rewrite(place.model, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:40].clone()}))
+    config = json.loads((place.model / "config.json").read_text())
+    (place.model / "config.json").write_text(json.dumps(config | {"vocab_size": 40, "tie_word_embeddings": True}))
+    rewrite(place.model, lambda tensors: tensors.pop("lm_head.weight", None))
+    said = refused(place, *arguments(place))
+    assert "and LlamaForCausalLM knows 40: tokenizer and model do not belong together" in said
 
 
 def rewrite(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

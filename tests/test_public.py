@@ -9,6 +9,7 @@ import lowbit
 NAMES = {
     "functions": [
         *("add_lora", "compare", "convert", "evaluate", "finetune", "load", "load_lora", "merge_lora", "quantize"),
+        "recipe_at",
     ],
     "what they take": [
         *("Calibration", "Conditions", "Evaluation", "Finetuning", "Gates", "LowbitConfig", "QuantScheme"),
@@ -16,7 +17,15 @@ NAMES = {
     ],
     "what they give": ["Finetuned", "QuantLinear", "QuantizedCache", "Report", "Scores"],
     "rooms": ["optim", "qat"],
-    "errors": ["CheckpointError", "GateError", "InputError", "LowbitError", "SchemeError", "TrainingError"],
+    "errors": [
+        "CheckpointError",
+        "GateError",
+        "InputError",
+        "LowbitError",
+        "MethodError",
+        "SchemeError",
+        "TrainingError",
+    ],
 }
 
 

@@ -141,6 +141,15 @@ def test_another_seed_calibrates_on_other_tokens(place: Path, gptq: Report, tmp_
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != (place / "gptq" / "model.safetensors").read_bytes()
 
 
+def test_three_bits_are_said_to_be_one_seed_of_three(place: Path, gptq: Report, tmp_path: Path) -> None:
+    recipe, without = Recipe.parse("rtn-weighted:w3a16-g16"), Recipe.parse("rtn:w3a16-g16")
+    report = lowbit.quantize(place / "model", tmp_path / "three", recipe, conditions(place, seed=4))
+    words = "this is seed 4 alone: at 3 bits and below, compare methods over three seeds (--seed 5 and --seed 6 too)"
+    assert report.notes == (words,)
+    assert lowbit.quantize(place / "model", tmp_path / "rtn", without, conditions(place)).notes == ()
+    assert gptq.notes == ()
+
+
 def test_what_is_not_quantized_is_copied_byte_for_byte(place: Path, gptq: Report) -> None:
     before, after = load_file(place / "model" / "model.safetensors"), load_file(place / "gptq" / "model.safetensors")
     left = [item.name for item in gptq.coverage.skipped]

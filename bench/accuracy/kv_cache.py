@@ -6,7 +6,7 @@ the mean over the second half of each window. Bytes are those of the cache after
 whose float tokens are in float32 here.
 
 usage:  python bench/accuracy/kv_cache.py MODEL TEXT OUT.json [--windows 4] [--caches 8,4,2,2:0:0]
-        a cache is BITS[:WINDOW[:SINKS]]
+        a cache is BITS[:WINDOW[:SINKS[:KEYS]]], KEYS of "t" (grouped along a token's channels) and "r" (turned, R3)
 """
 
 import argparse
@@ -68,9 +68,10 @@ def divergence(head: Head, original: Tensor, hidden: Tensor) -> Tensor:
 
 def row_of(model: PreTrainedModel, ids: Tensor, original: list[Tensor], text: str) -> dict:
     head, windows, late, seconds = Head(model), [], [], 0.0
-    bits, window, sinks = parsed(text)
+    bits, window, sinks, keys = parsed(text)
     for one, wanted in zip(ids, original, strict=True):
-        cache = QuantizedCache(model.config, bits, GROUP, window, sinks)
+        turned = {"token_keys": "t" in keys, "rotate_keys": "r" in keys}
+        cache = QuantizedCache(model.config, bits, GROUP, window, sinks, **turned)
         started = time.perf_counter()
         hidden = with_cache(model, one, cache)
         seconds += time.perf_counter() - started
@@ -79,18 +80,17 @@ def row_of(model: PreTrainedModel, ids: Tensor, original: list[Tensor], text: st
         late.append(kld[len(kld) // 2 :].mean().item())
     means = torch.tensor(windows, dtype=torch.float64)
     return {
-        "bits": bits, "group": GROUP, "window": window, "sinks": sinks, "kld": means.mean().item(),
+        "bits": bits, "group": GROUP, "window": window, "sinks": sinks, "keys": keys, "kld": means.mean().item(),
         "kld_stderr": (means.std() / math.sqrt(len(means))).item(), "kld_late": sum(late) / len(late),
         "bytes": cache.nbytes, "float_bytes": cache.float_nbytes, "tokens": ids.shape[1],
         "seconds_a_window": round(seconds / len(ids), 1), "windows": [round(value, 7) for value in windows],
     }  # fmt: skip
 
 
-def parsed(text: str) -> tuple[int, int, int]:
-    """(bits, window, sinks) of BITS[:WINDOW[:SINKS]]."""
-    given = [int(part) for part in text.split(":")]
-    bits, window, sinks = given + [128, 4][len(given) - 1 :]
-    return bits, window, sinks
+def parsed(text: str) -> tuple[int, int, int, str]:
+    """(bits, window, sinks, keys) of BITS[:WINDOW[:SINKS[:KEYS]]]."""
+    bits, window, sinks, keys = [*text.split(":"), *("", "128", "4", "")[text.count(":") + 1 :]]
+    return int(bits), int(window), int(sinks), keys
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def main() -> None:
     rows = []
     for text in options.caches.split(","):
         row = row_of(model, ids, original, text)
-        print(f"{text:9s} KL {row['kld']:.5f} +- {row['kld_stderr']:.5f}, second half {row['kld_late']:.5f}, "
+        print(f"{text:12s} KL {row['kld']:.5f} +- {row['kld_stderr']:.5f}, second half {row['kld_late']:.5f}, "
               f"{row['bytes'] / row['float_bytes']:.3f} of float32's bytes", flush=True)  # fmt: skip
         rows.append(row | {
             "model": Path(options.model).name, "evaluation": tokens.hash, "device": where, "dtype": "float32",

@@ -4,7 +4,7 @@ All recipes of a run see the same calibration tokens and are judged on the same 
 compared window by window (`bench/accuracy/table.py` prints the paired standard error).
 
 usage:  python bench/accuracy/measure.py MODEL RECIPES.json OUT.json --calibration T --evaluation T [--device cuda]
-        RECIPES.json: a list of {"name", "scheme", "method", "seed"} and options by the names in KINDS
+        RECIPES.json: a list of {"name", "scheme", "method", "seed"}, "rules" by glob, and options by the names in KINDS
         T: a text, or tokens as .safetensors (observe/tokens.py)
 """
 
@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--commit", help="of the code, written into every row")
     parser.add_argument("--part", default="0/1", help="I/N: of the recipes only those whose number is I modulo N")
     return parser.parse_args()
 
@@ -56,6 +57,7 @@ KINDS = {
 def recipe_of(row: dict) -> Recipe:
     options = {name: kind(**row[name]) for name, kind in KINDS.items() if name in row}
     rules = tuple(Rule(glob, None) for glob in row.get("ignore", ()))
+    rules += tuple(Rule(glob, QuantScheme.parse(scheme)) for glob, scheme in row.get("rules", {}).items())
     return Recipe(QuantScheme.parse(row["scheme"]), row.get("method", "gptq"), rules, **options)
 
 
@@ -79,12 +81,14 @@ class Solver:
 
     def solved(self, row: dict, recipe: Recipe, tokens: Tokens):
         """(model, root mean square of its layers' output errors or None) before learning; seconds are the caller's."""
-        key = json.dumps([{name: row[name] for name in sorted(row) if name not in ("name", "learning")}, tokens.hash])
+        fixed = {name: row[name] for name in sorted(row) if name not in ("name", "learning")}
+        key = json.dumps([fixed, "learning" in row, tokens.hash])
         if self._known is None or self._known[0] != key:
             self._known = None
             model = copy.deepcopy(self.base)
             selection = select(model, find_blocks(model)[0], recipe.scheme, recipe.rules)
-            batches = list(batched(tokens.ids, 8192))
+            seen = len(tokens.ids) - (recipe.learning.apart(len(tokens.ids)) if recipe.learning else 0)
+            batches = list(batched(tokens.ids[:seen], 8192))
             job = Job(recipe, selection, batches, torch.bfloat16, self.device, hidden_device=self.device)
             log = quantize_blocks(model, job)
             errors = [record.output_error**2 for record in log.records if record.output_error is not None]
@@ -131,7 +135,8 @@ def main() -> None:
               flush=True)  # fmt: skip
         rows.append(row | found | {
             "calibration": tokens.hash, "evaluation": held_out.hash, "device": device_name(device),
-            "torch": torch.__version__, "windows": [round(value, 6) for value in kld.tolist()],
+            "torch": torch.__version__, "commit": options.commit,
+            "windows": [round(value, 6) for value in kld.tolist()],
         })  # fmt: skip
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
         del model

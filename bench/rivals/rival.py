@@ -1,7 +1,8 @@
-"""What the scripts that run another library's GPTQ share: arguments, tokens, the record and the weights they write.
+"""What the scripts that run one library share: arguments, tokens, the record and the weights they write.
 
 A script prints one JSON line on its standard output, whatever the library prints goes to standard error, and writes
-OUT/dequantized.safetensors: the float32 weight that each quantized linear computes with, under its name + ".weight".
+OUT/dequantized.safetensors: every parameter that the quantized model computes with and that is not the original's,
+in float32 and under the original's name: weights of linears, and of norms where a method rewrites them.
 """
 
 import argparse
@@ -31,6 +32,10 @@ class Request:
     bits: int
     group_size: int
     symmetric: bool
+    method: str
+    device: torch.device
+    dtype: torch.dtype | str
+    seed: int
     out: Path
     started: float
     record_fd: int
@@ -44,7 +49,7 @@ def redirect_output() -> int:
     return copy
 
 
-def parse_request(description: str) -> Request:
+def parse_request(description: str | None, methods: tuple[str, ...]) -> Request:
     """The request on the command line, its tokens read and cut to --samples rows of --seq-len tokens."""
     started = time.perf_counter()
     record_fd = redirect_output()
@@ -52,6 +57,9 @@ def parse_request(description: str) -> Request:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model in float")
     parser.add_argument("--tokens", type=Path, required=True, help="file that calibration_tokens.py wrote")
     parser.add_argument("--scheme", required=True, help="w4a16-g64 or w4a16-g64-asym; other bits and group sizes alike")
+    parser.add_argument("--method", choices=methods, default=methods[0])
+    parser.add_argument("--device", default="cpu", help="cpu (the model in float32), cuda (the checkpoint's dtype)")
+    parser.add_argument("--seed", type=int, default=0, help="for what draws numbers beside the tokens' own order")
     parser.add_argument("--out", type=Path, required=True, help="folder for dequantized.safetensors")
     parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--seq-len", type=int, help=argparse.SUPPRESS)
@@ -60,6 +68,7 @@ def parse_request(description: str) -> Request:
     if match is None:
         parser.error(f"scheme {args.scheme} is not w<bits>a16-g<group>[-asym], such as w4a16-g64 or w4a16-g64-asym")
     tokens = load_file(args.tokens)["input_ids"][: args.samples, : args.seq_len].contiguous()
+    device = torch.device("cuda:0" if args.device == "cuda" else args.device)
     return Request(
         model=args.model,
         tokens=tokens,
@@ -67,6 +76,10 @@ def parse_request(description: str) -> Request:
         bits=int(match["bits"]),
         group_size=int(match["group"]),
         symmetric=match["asymmetric"] is None,
+        method=args.method,
+        device=device,
+        dtype=torch.float32 if device.type == "cpu" else "auto",
+        seed=args.seed,
         out=args.out,
         started=started,
         record_fd=record_fd,
@@ -75,32 +88,38 @@ def parse_request(description: str) -> Request:
 
 def write_result(
     request: Request,
-    weights: Mapping[str, torch.Tensor],
-    tool: str,
-    version: str,
+    parameters: Mapping[str, torch.Tensor],
+    tool: tuple[str, str],
     options: Mapping[str, object],
     seconds: float,
 ) -> None:
-    """Write the weights (module name -> [N, K]) and print the JSON line; seconds is the quantization call alone.
+    """Write the parameters by their full names and print the JSON line; seconds is the quantization call alone.
 
-    seconds_total goes from the script's first step to this call: loading and quantizing, without the imports.
-    peak_memory_bytes is the process's largest resident size, imports and loading included (ru_maxrss, KiB on Linux).
+    tool: its name and version. seconds_total goes from the script's first step to this call: loading and quantizing,
+    without the imports. peak_memory_bytes is the process's largest resident size, imports and loading included
+    (ru_maxrss, KiB on Linux); device_memory_bytes is what torch took at most of a GPU.
     """
+    on_gpu = request.device.type == "cuda"
     record = {
-        "tool": tool,
-        "version": version,
+        "tool": tool[0],
+        "version": tool[1],
+        "method": request.method,
         "options": dict(options),
         "scheme": request.scheme,
+        "seed": request.seed,
         "samples": request.tokens.shape[0],
         "seq_len": request.tokens.shape[1],
-        "layers": len(weights),
+        "parameters": len(parameters),
         "seconds": round(seconds, 2),
         "seconds_total": round(time.perf_counter() - request.started, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(request.device) if on_gpu else "CPU",
         "torch": torch.__version__,
     }
+    if on_gpu:
+        record["device_memory_bytes"] = torch.cuda.max_memory_allocated(request.device)
     request.out.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{name}.weight": weight.to(torch.float32).contiguous() for name, weight in weights.items()}
+    arrays = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in parameters.items()}
     save_file(arrays, request.out / "dequantized.safetensors")
     os.write(request.record_fd, (json.dumps(record) + "\n").encode())

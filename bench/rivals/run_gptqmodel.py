@@ -1,4 +1,4 @@
-"""gptqmodel's GPTQ on given calibration tokens, with its own defaults, the model in float32 on the CPU.
+"""gptqmodel's GPTQ on given calibration tokens, with its own defaults, on a CPU (the model in float32) or a GPU.
 
 Set here: bits, group size and symmetry of the scheme, and offload_to_disk=False (finished layers stay in memory, so
 that their weights can be read). Everything else is the library's default and is read back into the record: in 7.6
@@ -24,6 +24,8 @@ from importlib.metadata import version
 import torch
 from rival import Request, parse_request, write_result
 
+GPU_BATCH = 8  # sequences; on a CPU one, the library's default
+FEW_CORES = 2
 OPTIONS = (
     "damp_percent",
     "damp_auto_increment",
@@ -45,16 +47,16 @@ def calibration_rows(tokens: torch.Tensor) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens.tolist()]
 
 
-def options_used(config: object, log: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, object]:
+def options_used(config: object, log: Mapping[str, Sequence[Mapping[str, str]]], batch: int) -> dict[str, object]:
     """The settings read back from the configuration, and the dampings that the layers ended up with."""
     options = {name: getattr(config, name) for name in OPTIONS}
     rows = [row for rows in log.values() for row in rows]
     options["blocksize"] = 128
     options["dampings"] = sorted({row["damp"] for row in rows if "damp" in row})
     options["round_to_nearest_instead"] = sum("fallback" in row.get("loss", "") for row in rows)
-    options["cpu_workers"] = int(os.environ["GPTQMODEL_CPU_WORKERS"])
+    options["cpu_workers"] = os.environ.get("GPTQMODEL_CPU_WORKERS", "default")
     options["scale_dtype"] = "torch.float16"
-    options["batch_size"] = 1
+    options["batch_size"] = batch
     return options
 
 
@@ -63,15 +65,16 @@ def quantize(request: Request) -> tuple[torch.nn.Module, dict[str, object], floa
     from gptqmodel import GPTQConfig, GPTQModel  # noqa: PLC0415 - its import prints on standard output
 
     config = GPTQConfig(bits=request.bits, group_size=request.group_size, sym=request.symmetric, offload_to_disk=False)
-    model = GPTQModel.load(str(request.model), config, device="cpu", dtype=torch.float32)
-    if model.model.dtype != torch.float32:
-        raise SystemExit(f"the library loaded the model as {model.model.dtype}, not as float32")
+    model = GPTQModel.load(str(request.model), config, device=str(request.device), dtype=request.dtype)
+    if request.dtype != "auto" and model.model.dtype != request.dtype:
+        raise SystemExit(f"the library loaded the model as {model.model.dtype}, not as {request.dtype}")
     request.out.mkdir(parents=True, exist_ok=True)
+    batch = 1 if request.device.type == "cpu" else GPU_BATCH
     begin = time.perf_counter()
     with contextlib.chdir(request.out):  # the library writes a folder "logs" where it runs
-        log = model.quantize(calibration_rows(request.tokens))
+        log = model.quantize(calibration_rows(request.tokens), batch_size=batch)
     seconds = time.perf_counter() - begin
-    return model.model, options_used(model.quantize_config, log), seconds
+    return model.model, options_used(model.quantize_config, log, batch), seconds
 
 
 @torch.inference_mode()
@@ -86,15 +89,16 @@ def dequantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if linear.qzero_format() == 1:
             convert_gptq_v1_to_v2_format_module(linear, linear.bits, linear.pack_dtype)
         linear.scales = linear.scales.to(torch.float32)
-        weights[name] = linear.dequantize_weight().to(torch.float32).T.contiguous()  # [K, N] -> [N, K]
+        weights[f"{name}.weight"] = linear.dequantize_weight().to(torch.float32).T.contiguous()  # [K, N] -> [N, K]
     return weights
 
 
 def main() -> None:
-    request = parse_request(__doc__)
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    request = parse_request(__doc__, ("gptq",))
+    if (os.cpu_count() or 1) <= FEW_CORES:
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     model, options, seconds = quantize(request)
-    write_result(request, dequantized_weights(model), "gptqmodel", version("gptqmodel"), options, seconds)
+    write_result(request, dequantized_weights(model), ("gptqmodel", version("gptqmodel")), options, seconds)
 
 
 if __name__ == "__main__":

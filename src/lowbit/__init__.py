@@ -2,12 +2,21 @@
 
 from lowbit import qat
 from lowbit.cache.quantized import QuantizedCache
-from lowbit.errors import CheckpointError, GateError, InputError, LowbitError, SchemeError, TrainingError
+from lowbit.errors import (
+    CheckpointError,
+    GateError,
+    InputError,
+    LowbitError,
+    MethodError,
+    SchemeError,
+    TrainingError,
+)
 from lowbit.finetuning import Finetuned, Finetuning, finetune
 from lowbit.io.convert import convert
 from lowbit.io.hf import LowbitConfig, register
 from lowbit.io.load import load
 from lowbit.judge import Tasks
+from lowbit.model.efforts import recipe_at
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import Rule
 from lowbit.nn.linear import QuantLinear
@@ -30,6 +39,7 @@ __all__ = [
     "InputError",
     "LowbitConfig",
     "LowbitError",
+    "MethodError",
     "QuantLinear",
     "QuantScheme",
     "QuantizedCache",
@@ -51,6 +61,7 @@ __all__ = [
     "optim",
     "qat",
     "quantize",
+    "recipe_at",
 ]
 
 register()  # from_pretrained knows our method id from here on

@@ -27,6 +27,7 @@ from lowbit.model.select import Selection
 from lowbit.numerics.formats import INT_BITS, int_format
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.report import BudgetRecord, Report, TradeOff
+from lowbit.tensors import storage_of
 from lowbit.tradeoff import Table, average_bits, check_reachable, measured_table
 
 MARGIN = 0.9  # a new run aims at this share of the gate: costs do not add up exactly
@@ -38,7 +39,7 @@ class Budget:
     """bits: stored bits a weight, None for none asked. candidates: the bits that a code may have."""
 
     bits: float | None = None
-    candidates: tuple[int, ...] = (2, 3, 4, 6, 8)
+    candidates: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
 
     def levels(self, scheme: QuantScheme) -> list[QuantScheme]:
         """The candidates in the family of `scheme`, by growing bits. Raises InputError.
@@ -48,6 +49,11 @@ class Budget:
         if scheme.weights.format.kind != "int":
             raise InputError(
                 f"a budget spreads the bits of integer weights, and {scheme} has none; use w4a16-g64 or its kin"
+            )
+        if self.bits is not None and storage_of(scheme) != "packed":
+            raise InputError(
+                f"{scheme} stores each code in 8 bits whatever its width, so --bits has nothing to spread; use "
+                "a scheme of weights alone, such as w4a16-g64, or --max-kld"
             )
         if wrong := [bits for bits in self.candidates if bits not in INT_BITS]:
             raise InputError(f"a code can't have {wrong[0]} bits; give candidates from 2 to 8")
@@ -146,7 +152,7 @@ class Search:
             most = max(place for place, bits in enumerate(needed) if bits <= self._budget.bits)
             probes = levels[max(most - 1, 0) : most + 1]
         may_skip = (self._min_coverage or 0.0) if self._max_kld is not None else None
-        probe = Probe.on(ground.ids, ground.scale_dtype, ground.progress)
+        probe = Probe.on(ground.ids, self._recipe, ground.scale_dtype, ground.progress)
         return measured_table(ground.model, ground.selection, self._recipe.rules, levels, probes, may_skip, probe)
 
     def _ruled(self) -> Recipe:

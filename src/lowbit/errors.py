@@ -2,6 +2,7 @@
 
 LowbitError(ValueError)
 |-- InputError         the user gave something that cannot work; the message says what to do   (exit code 2)
+|   |-- MethodError    a method that does not apply to the model at hand
 |   |-- SchemeError    a scheme's text or its fit to a layer
 |   `-- CheckpointError  a file that is missing, truncated or holds the wrong thing
 |-- TrainingError      training diverged; the last good checkpoint is named                     (exit code 2)
@@ -15,6 +16,10 @@ class LowbitError(ValueError):
 
 class InputError(LowbitError):
     """Something that the user gave cannot work."""
+
+
+class MethodError(InputError):
+    """A method that does not apply to the model at hand; it may be left half changed."""
 
 
 class SchemeError(InputError):

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lowbit.errors import InputError
 from lowbit.numerics.metrics import kl_divergence
 from lowbit.observe.capture import find_blocks
-from lowbit.observe.tokens import Tokens
+from lowbit.observe.tokens import Tokens, check_known
 from lowbit.optional import require
 from lowbit.report import Fidelity
 
@@ -109,6 +109,7 @@ class Reference:
     @torch.no_grad()
     def of(cls, model: PreTrainedModel, tokens: Tokens) -> "Reference":
         """Run `model` over the text. Raises InputError for a model whose head does more than map hidden states."""
+        check_known(tokens.ids, model)
         head = Head(model)
         first = tokens.ids[:1, :_ROWS].to(model.device)
         whole = model(input_ids=first, use_cache=False).logits[0].float()
@@ -189,6 +190,7 @@ def _surprise(logits: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokens: Tokens, on_window: Callable[[int], None] | None = None) -> float:
     """exp of the mean surprise of the text's tokens, windows of ids [samples, T]."""
+    check_known(tokens.ids, model)
     head, total = Head(model), 0.0
     for index, (hidden, ids) in enumerate(zip(hidden_states(model, tokens.ids), tokens.ids, strict=True)):
         if on_window is not None:

@@ -34,10 +34,10 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def give_back() -> None:
-    """Return freed memory to the system, where the C library is glibc: it keeps what is freed between living tensors.
+def give_back(device: torch.device) -> None:
+    """Return freed memory to the system, where the work is on a CPU and the C library is glibc.
 
-    24 ms, and 80 MB less at the peak of quantizing SmolLM2-135M.
+    It keeps what is freed between living tensors. 24 ms, and 80 MB less at the peak of quantizing SmolLM2-135M.
     """
-    if hasattr(_LIBC, "malloc_trim"):
+    if device.type == "cpu" and hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)

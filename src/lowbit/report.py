@@ -115,7 +115,7 @@ class TradeOff:
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """Layers that share a scheme. alone: KL of the model with this group alone rounded, at each probed level."""
+    """Layers that share a scheme. alone: KL of the model with this group alone quantized, at each probed level."""
 
     name: str
     weights: int

@@ -12,7 +12,7 @@ from rich.table import Table
 from lowbit import memory, wording
 from lowbit.inspection import Contents
 from lowbit.options import Scores
-from lowbit.report import BudgetRecord, Report
+from lowbit.report import BudgetRecord, LayerRecord, Report
 
 
 class Bar:
@@ -56,10 +56,21 @@ def report_text(report: Report) -> RenderableType:
         items = [item for item in report.coverage.skipped if item.reason == reason]
         skipped.add_row(reason, str(len(items)), f"{sum(item.parameters for item in items):,}")
     parts: list[RenderableType] = [wording.verdict(report), comparison_table([report]), worst, skipped]
+    if any(layer.below for layer in report.layers):
+        parts.append(rungs_table(report.layers))
     if report.budget is not None:
         parts.append(budget_table(report.budget))
     parts += [*report.notes, *(f"warning: {warning}" for warning in report.warnings)]
     return Group(*parts)
+
+
+def rungs_table(layers: Sequence[LayerRecord]) -> Table:
+    """What each rung of --effort left in each kind of layer; layer by layer it stands in the report."""
+    gains = wording.rung_gains(layers)
+    table = Table("output error", *gains.methods, title="What each level gained")
+    for kind, errors in gains.kinds:
+        table.add_row(kind, *(wording.percent_text(error) for error in errors))
+    return table
 
 
 def budget_table(budget: BudgetRecord) -> Table:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.algorithms.choose import Moments, distance_to_wanted, solve_best
+from lowbit.algorithms.choose import Moments, choose_rows, distance_to_wanted, solve_chosen
 from lowbit.algorithms.correction import Correction, corrected, corrected_bias
 from lowbit.algorithms.gptq import GptqOptions, solve_gptq
 from lowbit.numerics.scheme import QuantScheme
@@ -79,19 +79,30 @@ def test_the_distance_from_moments_is_that_over_the_tokens_but_for_a_constant() 
 
 
 @pytest.mark.parametrize("text", ["w3a16-g16-asym", "w3a16-g16", "w3a16-tensor"])
-def test_every_row_is_at_least_as_close_on_held_out_tokens_as_by_any_candidate(text: str) -> None:
+def test_every_row_takes_the_candidate_that_is_closest_on_held_out_tokens(text: str) -> None:
     scheme, w = QuantScheme.parse(text).weights, _w()
-    seen, held_out = _moments(*_tokens(0)), _moments(*_tokens(1))
+    seen, held_out, whole = _moments(*_tokens(0)), _moments(*_tokens(1)), _moments(*_tokens(2))
     candidates = [(GptqOptions(), PLAIN_STEP), (GptqOptions(polish=2), Correction(strength=1.0))]
-    best = solve_best(w, seen, held_out, scheme, torch.bfloat16, candidates)
-    distances = []
+    choice = choose_rows(w, seen, held_out, scheme, torch.bfloat16, candidates)
+    distances, solved = [], []
     for options, correction in candidates:
-        single = solve_best(w, seen, held_out, scheme, torch.bfloat16, [(options, correction)])
-        distances.append(distance_to_wanted(single.dequantized, w, held_out))
+        found = solve_gptq(seen.aim(w, correction), seen.moment, scheme, torch.bfloat16, options)
+        distances.append(distance_to_wanted(found.dequantized, w, held_out))
+        solved.append(solve_gptq(whole.aim(w, correction), whole.moment, scheme, torch.bfloat16, options))
     lowest = torch.stack(distances)
-    lowest = lowest.sum(1).amin() if text.endswith("tensor") else lowest.amin(0)
-    found = distance_to_wanted(best.dequantized, w, held_out)
-    assert torch.allclose(found.sum() if text.endswith("tensor") else found, lowest, rtol=1e-4, atol=1e-4)
+    expected = lowest.sum(1).argmin().expand(12) if text.endswith("tensor") else lowest.argmin(0)
+    assert torch.equal(choice, expected)
+    best = solve_chosen(w, whole, choice, scheme, torch.bfloat16, candidates)
+    for row, number in enumerate(choice.tolist()):
+        assert torch.equal(best.q[row], solved[number].q[row])
+        assert torch.equal(best.dequantized[row], solved[number].dequantized[row])
+
+
+def test_joined_moments_are_those_of_all_tokens() -> None:
+    parts = [[tensor[rows] for tensor in _tokens(0)] for rows in (slice(0, 300), slice(300, 400))]
+    joined, whole = _moments(*parts[0]).joined(_moments(*parts[1]), 0.75), _moments(*_tokens(0))
+    for name in ("moment", "shift", "residual"):
+        assert torch.allclose(getattr(joined, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
 
 
 def test_a_bias_takes_back_what_the_layer_loses_on_average() -> None:

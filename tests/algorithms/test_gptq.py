@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.algorithms.gptq import GptqOptions, solve_gptq
+from lowbit.algorithms.gptq import ORDERS, GptqOptions, solve_gptq
 from lowbit.algorithms.rtn import solve_rtn
 from lowbit.algorithms.scales import ScaleSearch
 from lowbit.algorithms.solution import Solution
@@ -57,13 +57,22 @@ def _gptq_by_elimination(w: Tensor, moment: Tensor, like: Solution, scheme: Tens
     return q
 
 
+def _order(moment: Tensor, scheme: TensorScheme, named: str) -> list[int]:
+    size = moment.diagonal().tolist()
+    width = scheme.group_size if named == "group" and scheme.granularity == "group" else 64
+    groups = [range(start, start + (width or 64)) for start in range(0, 64, width or 64)]
+    if named != "natural":
+        groups = sorted(groups, key=lambda group: -max(size[i] for i in group))
+    return [i for group in groups for i in (group if named == "natural" else sorted(group, key=lambda i: -size[i]))]
+
+
 @by_scheme
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural order", "act-order"])
+@pytest.mark.parametrize("named", ORDERS)
 @pytest.mark.parametrize("search", [None, ScaleSearch(steps=8)], ids=["min/max", "search"])
-def test_codes_are_those_of_the_papers_algorithm(text: str, act_order: bool, search: ScaleSearch | None) -> None:
+def test_codes_are_those_of_the_papers_algorithm(text: str, named: str, search: ScaleSearch | None) -> None:
     scheme, (w, moment) = _scheme(text), _problem()
-    solution = solve_gptq(w, moment, scheme, torch.float32, GptqOptions(act_order=act_order, search=search))
-    order = moment.diagonal().argsort(descending=True, stable=True).tolist() if act_order else list(range(64))
+    solution = solve_gptq(w, moment, scheme, torch.float32, GptqOptions(order=named, search=search))
+    order = _order(moment, scheme, named)
     expected = _gptq_by_elimination(w, moment, solution, scheme, order)
     # float32 updates may tip a value that lies within 1e-5 of a rounding boundary; 768 codes hold hardly one of them
     assert (solution.q != expected).float().mean() < 0.01
@@ -74,7 +83,7 @@ def test_codes_are_those_of_the_papers_algorithm(text: str, act_order: bool, sea
 @by_scheme
 def test_output_error_is_not_above_that_of_rounding(text: str) -> None:
     scheme, (w, moment) = _scheme(text), _problem()
-    for options in (GptqOptions(), GptqOptions(act_order=False, search=None)):
+    for options in (GptqOptions(), GptqOptions(order="natural", search=None), GptqOptions(order="group")):
         gptq = solve_gptq(w, moment, scheme, torch.float32, options)
         rtn = solve_rtn(w, scheme, torch.float32)
         assert output_error(gptq.dequantized - w, w, moment) < output_error(rtn.dequantized - w, w, moment)
@@ -93,7 +102,7 @@ def test_inputs_that_are_independent_make_it_plain_rounding() -> None:
 def test_dequantized_is_what_codes_scales_and_zeros_decode_to(text: str) -> None:
     """So nothing about the order of columns needs to be stored."""
     scheme, (w, moment) = _scheme(text), _problem()
-    solution = solve_gptq(w, moment, scheme, torch.bfloat16, GptqOptions(act_order=True))
+    solution = solve_gptq(w, moment, scheme, torch.bfloat16, GptqOptions())
     assert solution.scale.dtype == torch.bfloat16
     assert solution.q.dtype == torch.int8
     assert solution.q.shape == w.shape
@@ -190,3 +199,8 @@ def test_eight_bits_lose_less_than_four() -> None:
     ]
     assert errors == sorted(errors)
     assert errors[0] < math.exp(-3)
+
+
+def test_an_order_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(InputError, match="unknown order of columns 'best'; choose one of act, group, natural"):
+        GptqOptions(order="best")

@@ -8,7 +8,9 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 from lowbit import InputError, QuantizedCache
 from lowbit.cache.blocks import PackedBlocks
-from lowbit.cache.layer import CacheScheme, QuantizedLayer
+from lowbit.cache.layer import QuantizedLayer
+from lowbit.cache.scheme import CacheScheme
+from lowbit.numerics.hadamard import Hadamard
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(5))
 
@@ -142,6 +144,51 @@ def test_a_head_size_that_no_group_divides_gets_smaller_groups() -> None:
     assert layer.packed is not None
     assert layer.packed[1].group == 20
     assert isinstance(layer.packed[1], PackedBlocks)
+
+
+KEYS = [{"token_keys": t, "rotate_keys": r} for t in (False, True) for r in (False, True)]
+
+
+@pytest.mark.parametrize("options", KEYS, ids=["channels", "channels, R3", "tokens", "tokens, R3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3"])
+def test_attention_is_that_of_transformers_however_keys_are_packed(name: str, options: dict[str, bool]) -> None:
+    model = tiny(name)
+    expected = _decoded(model, DynamicCache(config=model.config))
+    whole = QuantizedCache(model.config, bits=2, window=64, **options)
+    assert torch.equal(_decoded(model, whole), expected)
+    packed = QuantizedCache(model.config, bits=8, group_size=4, window=0, sinks=1, **options)
+    assert 0 < (_decoded(model, packed) - expected).norm() / expected.norm() < 0.03
+    assert _generated(model, QuantizedCache(model.config, group_size=8, window=8, **options)).shape[1] == 52
+
+
+def test_turned_keys_give_the_products_of_turned_queries_with_turned_keys() -> None:
+    """R3 as it is written: (q Q) . Q's codes of (k Q), with a matrix of our own."""
+    keys, queries = torch.randn(2, 1, 1, 64, 32, generator=torch.Generator().manual_seed(4))
+    layer = QuantizedLayer(CacheScheme(4, 32, 0, 0, token_keys=True, rotate_keys=True))
+    layer.update(keys, keys)
+    turn = Hadamard.of(32).apply(torch.eye(32))
+    packed = PackedBlocks.encode((keys @ turn).unflatten(2, (2, 32)), 4, 32).decode(torch.float32).flatten(2, 3)
+    found = queries @ layer._decoded()[0].transpose(-1, -2)
+    assert torch.allclose(found, (queries @ turn) @ packed.transpose(-1, -2), atol=1e-4)
+
+
+def test_rotation_pays_where_one_channel_of_the_keys_is_large() -> None:
+    keys = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(6))
+    keys[..., 9] += 30 * torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(7))
+    errors = {}
+    for rotate_keys in (False, True):
+        layer = QuantizedLayer(CacheScheme(4, 64, 0, 0, token_keys=True, rotate_keys=rotate_keys))
+        layer.update(keys, keys)
+        errors[rotate_keys] = (layer._decoded()[0] - keys).square().mean().item()
+    assert errors[True] < 0.5 * errors[False]
+
+
+def test_turned_keys_of_packed_blocks_come_back_when_tokens_are_taken_back() -> None:
+    keys = torch.randn(1, 1, 50, 16, generator=torch.Generator().manual_seed(8))
+    layer = QuantizedLayer(CacheScheme(8, 8, 8, 4, token_keys=True, rotate_keys=True))
+    layer.update(keys, keys)
+    layer.crop(-30)
+    assert (layer._decoded()[0] - keys[:, :, :20]).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(

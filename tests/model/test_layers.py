@@ -6,9 +6,12 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.gptq import GptqOptions, solve_gptq
 from lowbit.algorithms.rtn import solve_rtn
+from lowbit.algorithms.scales import ScaleSearch
 from lowbit.errors import InputError
-from lowbit.model.layers import BINS, CLIP_SEARCH, LayerLog, histogram, solve_experts, solve_linears
+from lowbit.model.layers import solve_experts, solve_linears
+from lowbit.model.log import LayerLog
 from lowbit.model.recipe import Recipe
+from lowbit.model.statistics import BINS, histogram
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.affine import choose_scale
@@ -65,7 +68,9 @@ def test_layers_that_share_an_input_get_what_the_solver_gives_for_their_rows(tex
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("text", "search"), [("rtn:w4a16-g16-asym", None), ("rtn-clip:w4a16-g16", CLIP_SEARCH)])
+@pytest.mark.parametrize(
+    ("text", "search"), [("rtn:w4a16-g16-asym", None), ("rtn-clip:w4a16-g16", ScaleSearch(norm=2.4))]
+)
 def test_rounding_is_that_of_the_solver(text: str, search: object, scale_dtype: torch.dtype) -> None:
     module, log = block(), log_of(text, scale_dtype)
     with torch.no_grad():

@@ -29,13 +29,16 @@ def _quantized(text: str) -> tuple[nn.Module, nn.Module]:
     return original, model
 
 
-@pytest.mark.parametrize("text", ["gptq:w3a16-g16-asym", "gptq:w4a16-g16", "rtn:w8a8", "rtn:w8a8-static-asym"])
+@pytest.mark.parametrize(
+    "text",
+    ["gptq:w3a16-g16-asym", "gptq:w4a16-g16", "rtn:w8a8", "rtn:w8a8-static-asym", "rtn:int8-t1", "rotate:w4a4-g16"],
+)
 def test_a_softened_layer_computes_what_the_layer_did_and_becomes_it_again(text: str) -> None:
-    original, model = _quantized(text)
+    _, model = _quantized(text)
     name = "model.layers.0.mlp.down_proj"
     layer = model.get_submodule(name)
     assert isinstance(layer, QuantLinear)
-    soft = RoundingLinear(layer, original.get_submodule(name).weight)
+    soft = RoundingLinear(layer)
     x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(soft(x), layer(x), atol=1e-5)
     assert torch.equal(soft.weight_now(), layer.packed.dequantize())
@@ -45,10 +48,10 @@ def test_a_softened_layer_computes_what_the_layer_did_and_becomes_it_again(text:
 
 
 def test_half_a_step_moves_a_code_to_its_neighbour() -> None:
-    original, model = _quantized("gptq:w4a16-g16")
+    _, model = _quantized("gptq:w4a16-g16")
     name = "model.layers.0.mlp.down_proj"
     layer = model.get_submodule(name)
-    soft = RoundingLinear(layer, original.get_submodule(name).weight)
+    soft = RoundingLinear(layer)
     with torch.no_grad():
         soft.v.fill_(1.0)
     q, moved = layer.packed.q(), soft.solved().packed.q()
@@ -56,9 +59,9 @@ def test_half_a_step_moves_a_code_to_its_neighbour() -> None:
 
 
 def test_the_gradient_of_a_scale_is_that_of_finite_differences() -> None:
-    original, model = _quantized("gptq:w4a16-g16-asym")
+    _, model = _quantized("gptq:w4a16-g16-asym")
     name = "model.layers.0.mlp.down_proj"
-    soft = RoundingLinear(model.get_submodule(name), original.get_submodule(name).weight)
+    soft = RoundingLinear(model.get_submodule(name))
     soft.scale_dtype = torch.float32
     x = torch.randn(5, soft.u.shape[1], generator=torch.Generator().manual_seed(0))
     soft(x).square().sum().backward()
@@ -69,6 +72,17 @@ def test_the_gradient_of_a_scale_is_that_of_finite_differences() -> None:
             values.append(soft(x).square().sum())
     assert soft.gain.grad is not None
     assert soft.gain.grad[0, 0].item() == pytest.approx(((values[1] - values[0]) / 2e-2).item(), rel=1e-2)
+
+
+def test_the_scale_of_static_activations_is_learned_towards_what_clips_less() -> None:
+    original, model = _quantized("rtn:w8a8-static")
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    layer._buffers["input_scale"] = layer.input_scale / 8
+    found = learn(model, original, IDS, Learning(steps=60, windows=4, held_out=4, rate=0.0, input_rate=0.02))
+    learned = model.get_submodule("model.layers.0.mlp.down_proj").input_scale
+    assert found.after < found.before
+    assert learned.dtype == layer.input_scale.dtype
+    assert learned > layer.input_scale
 
 
 def test_learning_lowers_kl_on_windows_it_did_not_see_and_leaves_quantized_layers() -> None:

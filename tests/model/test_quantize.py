@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.gptq import solve_gptq
 from lowbit.errors import InputError
-from lowbit.model.quantize import Job, batched, needs_data, quantize_blocks
+from lowbit.model.efforts import recipe_at
+from lowbit.model.quantize import Job, batched, check_tokens, needs_data, quantize_blocks
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import Rule
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.linear import QuantLinear
+from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
 from lowbit.observe.moments import SecondMoment
 
@@ -42,7 +44,7 @@ def test_logits_stay_near_those_of_the_original(model_type: str, text: str, boun
     selection = selection_of(model, recipe)
     log = quantize_in_memory(model, recipe)
     assert 0 < distance(model, original) < (routed_bound if model_type in ROUTED else bound)
-    assert log.warnings == []
+    assert all("experts saw fewer tokens than their" in warning for warning in log.warnings)
     done = {name for name, module in model.named_modules() if isinstance(module, QuantLinear | QuantExperts)}
     assert {name for name in done if not name.rpartition(".")[2].isdigit()} == set(selection.schemes)
     assert not any(type(module) is nn.Linear and name in selection.schemes for name, module in model.named_modules())
@@ -53,7 +55,9 @@ def test_experts_are_quantized_one_by_one_on_the_tokens_they_were_given(model_ty
     model = tiny(model_type)
     names = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
     counts = {name: len(model.get_parameter(name)) for name in names}
-    log = quantize_in_memory(model, Recipe.parse("gptq:w4a16-g16"))
+    tokens = torch.randint(3, 128, (32, 24), generator=torch.Generator().manual_seed(1))
+    log = quantize_in_memory(model, Recipe.parse("gptq:w4a16-g16"), batches=[tokens])
+    assert log.warnings == []
     records = {record.name: record for record in log.records}
     for name in names:
         assert isinstance(model.get_submodule(name), QuantExperts)
@@ -191,8 +195,34 @@ class TestOdds:
         log = quantize_in_memory(model, Recipe.parse("gptq:w4a16-g16"), batches=one_token)
         rounded = [record.name for record in log.records if record.method == "rtn"]
         assert len([name for name in rounded if name.startswith("model.layers.0.mlp.experts")]) == 4  # 2 of 4 experts
-        assert {warning.partition(":")[0] for warning in log.warnings} == set(rounded)
-        assert all("no calibration token was seen there" in warning for warning in log.warnings)
+        unseen = [warning for warning in log.warnings if "no calibration token was seen there" in warning]
+        assert {warning.partition(":")[0] for warning in unseen} == set(rounded)
+
+    def test_experts_with_fewer_tokens_than_channels_are_rounded_under_weighted_scales(self) -> None:
+        model, plain = tiny("mixtral"), tiny("mixtral")
+        log = quantize_in_memory(model, Recipe.parse("gptq:w4a16-g16"))  # TOKENS are 96, two of four experts each
+        few = [record for record in log.records if record.method == "rtn-weighted"]
+        assert few
+        assert all(".mlp.experts." in record.name for record in few)
+        counts = {warning.partition(":")[0]: warning for warning in log.warnings}
+        assert "of 4 experts saw fewer tokens than their 96 channels" in counts["model.layers.0.mlp.experts.down_proj"]
+        only = Recipe(QuantScheme.parse("w4a16-g16"), "rtn-weighted", (Rule("*.self_attn.*", None),))
+        weighted = {record.name: record for record in quantize_in_memory(plain, only).records}
+        first = next(record for record in few if record.name.startswith("model.layers.0.mlp.experts.gate_up_proj"))
+        assert first.relative_error == pytest.approx(weighted[first.name].relative_error, rel=0.05)
+
+    def test_fewer_tokens_than_channels_are_refused_before_anything_is_done(self) -> None:
+        model = tiny("llama")
+        for method in ("gptq", "aligned", "qronos"):
+            recipe = Recipe.parse(f"{method}:w4a16-g16")
+            selection = selection_of(model, recipe)
+            check_tokens(model, recipe, selection, 96)
+            words = f"95 calibration tokens are too few for {method}: .*down_proj reads 96 channels"
+            with pytest.raises(InputError, match=words + ".* or use --method rtn-weighted"):
+                check_tokens(model, recipe, selection, 95)
+        check_tokens(model, Recipe.parse("rtn-weighted:w4a16-g16"), selection, 5)
+        with pytest.raises(InputError, match="or use --effort 1"):
+            check_tokens(model, recipe_at(QuantScheme.parse("w4a16-g16"), 2), selection, 95)
 
     def test_a_recipe_that_needs_no_data_runs_no_forward(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, recipe = tiny("llama"), Recipe.parse("rtn:w8a8")

@@ -8,7 +8,7 @@ from lowbit.model.select import Rule
 from lowbit.numerics.scheme import QuantScheme
 
 WRITTEN = ["rtn:w4a16-g64", "rtn-clip:w3a16-asym", "gptq:w4a16-g64-asym", "gptq:w8a8-static-asym", "rtn:nf4-b64-dq"]
-WRITTEN += ["rtn:fp8", "rtn:w8a16-tensor"]
+WRITTEN += ["rtn:fp8", "rtn:w8a16-tensor", "qronos:w3a16-g64-asym", "gptaq:w4a16-g64"]
 
 
 @pytest.mark.parametrize("text", WRITTEN)

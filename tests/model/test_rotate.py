@@ -59,6 +59,23 @@ def test_a_rotated_model_computes_the_same(model_type: str, options: Rotation) -
     assert done.heads == 3
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])
+def test_models_in_16_bits_turn_as_well(model_type: str) -> None:
+    """As they stand on a GPU. Their weights are rounded once more, so their logits are not quite the same."""
+    model = tiny(model_type).bfloat16()
+    before = _logits(model).float()
+    done = rotate_model(model, Rotation(online="writers"), _linears(model))
+    assert done.heads == 3
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert (_logits(model).float() - before).norm() < 0.05 * before.norm()
+
+
+def test_what_can_not_turn_is_refused_in_16_bits_too() -> None:
+    model = tiny("gemma2").bfloat16()
+    with pytest.raises(InputError, match=r"the residual stream of model.layers.0 can't be rotated"):
+        rotate_model(model, Rotation(), _linears(model))
+
+
 def test_rows_and_columns_of_a_llama_turn_as_its_definition_says() -> None:
     original = tiny("llama")
     model = copy.deepcopy(original)
@@ -136,9 +153,7 @@ def test_rotated_inputs_survive_writing_and_loading(text: str, tmp_path: Path) -
         convert(tmp_path / "out", tmp_path / "other", "compressed-tensors")
 
 
-def test_learning_on_a_rotated_model_is_refused() -> None:
-    with pytest.raises(InputError, match="use --method rotate or aligned"):
-        Recipe(QuantScheme.parse("w4a16-g16"), "learned", rotation=Rotation())
+def test_rotations_that_a_format_or_the_options_do_not_know_are_refused() -> None:
     with pytest.raises(SchemeError, match=r'use Rotation\(online="none"\)'):
         Recipe(QuantScheme.parse("nf4-b64"), "rtn", rotation=Rotation())
     with pytest.raises(InputError, match="choose one of none, down, writers, all"):

@@ -57,6 +57,38 @@ def test_streamed_blocks_are_bit_exact_with_the_full_forward(build: Callable[[],
 
 
 @by_architecture
+def test_arguments_that_are_remembered_are_those_that_the_model_gives(build: Callable[[], PreTrainedModel]) -> None:
+    model, batches = build(), _batches()
+    with BlockStream(model, batches) as asked, BlockStream(model, batches) as remembering:
+        remembering.remembers = True
+        for plain, block in zip(asked, remembering, strict=True):
+            for batch in (0, 1, 0, 1):
+                _hidden(block.arguments(batch)).zero_()  # a block may write into what it is given
+            for batch in range(len(batches)):
+                with torch.no_grad():
+                    (args, kwargs), (again, named) = plain.arguments(batch), block.arguments(batch)
+                    expected = hidden_states(plain.module(*args, **kwargs))
+                    assert torch.equal(hidden_states(block.module(*again, **named)), expected)
+                assert kwargs.keys() == named.keys()
+
+
+def test_a_block_of_a_plain_model_asks_the_model_once_for_each_batch() -> None:
+    model, batches = tiny("llama"), _batches()
+    stream = BlockStream(model, batches)
+    stream.remembers, calls = True, []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    for block in stream:
+        for batch in (0, 1, 0, 1):
+            block.arguments(batch)
+        if block.index == 1:
+            break
+        block.advance()
+        calls.clear()
+    handle.remove()
+    assert len(calls) == 2
+
+
+@by_architecture
 def test_changing_a_block_changes_what_later_blocks_are_given(build: Callable[[], PreTrainedModel]) -> None:
     model, batches = build(), _batches()
     before = [_inputs_in_forward(model, tokens) for tokens in batches]

@@ -1,19 +1,20 @@
-"""One process of tests/train/test_distributed.py: trains under FSDP2, and writes what came of it.
+"""One process of tests/train/test_distributed.py: trains under accelerate's FSDP2, and writes what came of it.
 
-python distributed_worker.py RANK WORLD RENDEZVOUS_FILE OUT.json
+torchrun --nproc-per-node 2 distributed_worker.py FOLDER        writes FOLDER/RANK.json
 """
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from architectures import tiny
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme
@@ -50,15 +51,22 @@ def optimizer_of(model: nn.Module, bits: int) -> torch.optim.Optimizer:
     return AdamW8bit(trained, lr=1e-3, options=StateOptions(min_size=1024))
 
 
-def sharded(model: nn.Module, world: int) -> nn.Module:
-    """The model under FSDP2, a unit per decoder block, where there is more than one process."""
+def prepared(model: nn.Module, bits: int, world: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model and its optimizer; under FSDP2, a unit per decoder block, where there is more than one process."""
+    optimizer = optimizer_of(model, bits)
     if world == 1:
-        return model
-    mesh = init_device_mesh("cpu", (world,))
-    blocks = next(module for name, module in model.named_modules() if name.endswith("layers"))
-    for block in blocks:  # type: ignore[attr-defined]
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        return model, optimizer
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    # accelerate chooses its plugin on accelerators only, and DDP on a CPU; from here on the code is that of a GPU
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model, _ = accelerator.prepare(model, optimizer)
+    assert type(model).__name__.startswith("FSDP")
+    return model, optimizer
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, rank: int, world: int) -> float:
@@ -75,16 +83,14 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, rank: 
 
 def resumed_losses(rank: int, world: int, whole: list[float]) -> bool:
     """Whether two steps, a checkpoint of this rank's shards, and two steps more end as four steps did."""
-    model = sharded(qat_model(), world)
-    optimizer = optimizer_of(model, 8)
+    model, optimizer = prepared(qat_model(), 8, world)
     losses = [step(model, optimizer, ids, rank, world) for ids in WINDOWS[:2]]
     file = io.BytesIO()
     local = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in model.named_parameters()}
     torch.save({"model": {n: p.detach() for n, p in local.items()}, "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file)
-    again = sharded(qat_model(), world)
-    optimizer = optimizer_of(again, 8)
+    again, optimizer = prepared(qat_model(), 8, world)
     with torch.no_grad():
         for name, parameter in again.named_parameters():
             (parameter.to_local() if hasattr(parameter, "to_local") else parameter).copy_(saved["model"][name])
@@ -97,8 +103,7 @@ def measure(rank: int, world: int) -> dict[str, object]:
     """The losses of every kind of run, whether the 8-bit one resumes bit-equal, and the bytes of its states here."""
     found: dict[str, object] = {}
     for name, make, bits in (("qat", qat_model, 32), ("qat8", qat_model, 8), ("qlora8", qlora_model, 8)):
-        model = sharded(make(), world)
-        optimizer = optimizer_of(model, bits)
+        model, optimizer = prepared(make(), bits, world)
         found[name] = [step(model, optimizer, ids, rank, world) for ids in WINDOWS]
         if name == "qat8":
             found["resumed"] = resumed_losses(rank, world, found[name])  # type: ignore[arg-type]
@@ -108,10 +113,10 @@ def measure(rank: int, world: int) -> dict[str, object]:
 
 
 def main() -> None:
-    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
-    Path(sys.argv[4]).write_text(json.dumps(measure(rank, world)))
+    dist.init_process_group("gloo")
+    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(measure(rank, world)))
     dist.destroy_process_group()
 
 

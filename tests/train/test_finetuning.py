@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import lowbit
 from lowbit.nn.linear import QuantLinear
+from lowbit.train.distill import kl_loss
+from lowbit.train.loop import LoopOptions
 
 WORDS = [f"w{index}" for index in range(120)]
 
@@ -90,10 +92,23 @@ def test_qat_writes_a_checkpoint_and_learns_from_the_original(model: Path, data:
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
 
 
+def test_qat_starts_from_a_rotated_model_and_is_loaded_as_it_was_trained(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    options = lowbit.Finetuning("qat", "w4a4-g32-dynamic-asym", 1e-3, 16, loop=LoopOptions(6, 4, 1), start="rotate")
+    trained = lowbit.finetune(model, data, tmp_path / "out", options, "cpu")
+    assert trained.losses[-1] < 1
+    loaded = lowbit.load(tmp_path / "out")
+    assert any(module.rotation is not None for module in loaded.modules() if isinstance(module, QuantLinear))
+    teacher = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        kl = kl_loss(loaded(ids).logits.float(), teacher(ids).logits)
+    assert kl < 1.5 * trained.losses[0] + 0.05
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(model: Path, data: Path, tmp_path: Path) -> None:
-    options = lowbit.Finetuning(
-        "qat", "w4a16-g32", seq_len=16, loop=lowbit.finetuning.LoopOptions(6, 4, 1, keep_every=2)
-    )
+    options = lowbit.Finetuning("qat", "w4a16-g32", seq_len=16, loop=LoopOptions(6, 4, 1, keep_every=2))
     whole = lowbit.finetune(model, data, tmp_path / "whole", options, "cpu")
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -123,8 +138,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model: Path, data: Path, tm
         (("--seq-len", 4000), "give more text or a smaller --seq-len"),
         (("--batch", 4000, "--seq-len", 16), "a batch of 4000 windows was asked for"),
         (("--target", "w1", "--seq-len", 16), "ends in w1"),
+        (("--start", "gptq"), "only qat starts from another method's result"),
+        (("--method", "qat", "--start", "gptx"), "qat can't start from 'gptx'; choose one of rtn, rtn-clip"),
     ],
-    ids=["method", "two merges", "merge", "scheme", "short", "batch", "target"],
+    ids=["method", "two merges", "merge", "scheme", "short", "batch", "target", "start", "unknown start"],
 )
 def test_what_cannot_be_trained_is_told_in_a_sentence(
     model: Path, data: Path, tmp_path: Path, arguments: tuple[object, ...], message: str

@@ -146,3 +146,9 @@ def test_a_graph_is_refused_where_there_is_no_cuda_device() -> None:
     model, optimizer = parts()
     with pytest.raises(InputError, match=r"CUDA graph on a CUDA device only, not on cpu; leave graphed off"):
         train(model, WINDOWS, next_token_loss, optimizer, LoopOptions(6, 4, graphed=True))
+
+
+def test_a_negative_budget_is_refused() -> None:
+    model, optimizer = parts()
+    with pytest.raises(InputError, match=r"given -1 seconds; give more than 0, or 0 for no limit"):
+        train(model, WINDOWS, next_token_loss, optimizer, LoopOptions(6, 4, seconds=-1))

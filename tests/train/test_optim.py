@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lowbit.errors import CheckpointError, InputError
+from lowbit.numerics.codebook import state_levels
 from lowbit.train.optim import Adam8bit, AdamW4bit, AdamW8bit, Lion8bit, SGD8bit, StateOptions, parameter_groups
-from lowbit.train.states import decode_state, encode_state, levels
+from lowbit.train.states import decode_state, encode_state
 
 PAIRS = {
     "adamw": (AdamW8bit, bnb.optim.AdamW8bit, {"lr": 1e-3, "weight_decay": 0.1}),
@@ -141,7 +142,7 @@ def test_a_4_bit_state_takes_the_nearest_of_16_levels(signed: bool) -> None:
     x = x if signed else x.square()
     codes, absmax = encode_state(x, 4, signed)
     decoded = decode_state(codes, absmax, 1000, 4, signed)
-    table = levels(4, signed)
+    table = state_levels(4, signed)
     assert codes.numel() == 500
     assert absmax.numel() == 8
     assert table.numel() == 16

@@ -6,41 +6,49 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.kernels.cuda.optim import NEGATIVE_AT, UNSIGNED_AT, Scalars, _bounds, pack_records, search_table
+from lowbit.kernels.cuda.optim import NEGATIVE_AT, UNSIGNED_AT, Scalars, pack_records, pad_bounds, search_table
 from lowbit.kernels.cuda.optim import KernelStep as Step
-from lowbit.numerics.codebook import dynamic_map
+from lowbit.numerics.codebook import state_levels, unpack_nibbles
 from lowbit.train.blockwise import BlockwiseOptimizer, _step_plainly
-from lowbit.train.optim import Adam8bit, AdamW8bit, Lion8bit, SGD8bit, StateOptions
+from lowbit.train.optim import Adam8bit, AdamW4bit, AdamW8bit, Lion8bit, SGD8bit, StateOptions
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
-def test_two_look_ups_find_the_code_that_bucketize_finds(signed: bool) -> None:
-    levels = dynamic_map(signed)
-    bounds, table = _bounds(levels), search_table()
+def test_two_look_ups_find_the_code_that_bucketize_finds(signed: bool, bits: int) -> None:
+    bounds, table = pad_bounds(state_levels(bits, signed)), search_table(bits)
     x = torch.rand(200_000, generator=torch.Generator().manual_seed(0)) ** 4
-    edges = bounds[:-1][bounds[:-1] >= 0]
+    edges = bounds[bounds.isfinite() & (bounds >= 0)]
     x = torch.cat([x, edges, edges.nextafter(torch.tensor(2.0)), torch.tensor([0.0, 1.0, 1e-30, 1 + 2**-23])])
     x = torch.cat([x, -x]) if signed else x
     key = (x.view(torch.int32) >> 16) & 0xFFFF
     assert key.max() < NEGATIVE_AT + 0x4000
     index = table[key + (0 if signed else UNSIGNED_AT)].int()
     index = index + (x > bounds[index])
-    assert torch.equal(index, torch.bucketize(x, bounds[:-1]))
+    assert torch.equal(index, torch.bucketize(x, bounds))
 
 
-def test_a_record_is_128_bytes_and_its_blocks_are_counted_on() -> None:
+def test_a_record_is_80_bytes_and_its_blocks_are_counted_on() -> None:
     p = torch.zeros(300)
-    scalars = Scalars(*range(10))
+    scalars = [Scalars(*range(10)), Scalars(*range(1, 11))]
     some, none = Step("adam", 32, p, p, (p, p), ()), Step("adam", 32, p[:0], p[:0], (p, p), ())
-    records, blocks = pack_records([(step.record(), scalars) for step in (some, none, some)])
-    assert (len(records), blocks) == (256, 4)
-    fields = struct.unpack("<9q10f2q", records[128:])
+    (packed,) = pack_records([(some.record(), scalars[0]), (none.record(), scalars[0]), (some.record(), scalars[1])], 9)
+    assert (len(packed.records), packed.blocks, len(packed.numbers)) == (160, 4, 320)
+    fields = struct.unpack("<7q3i12x", packed.records[80:])
     assert fields[0] == p.data_ptr()
-    assert fields[6:8] == (300, 4)
-    assert fields[8] & 1
-    assert fields[9:19] == tuple(range(10))
+    assert fields[6:9] == (300, 4, 1)  # elements, end, float32 states
+    assert fields[9] == 1  # the second set of numbers
+    assert struct.unpack("<20f", packed.numbers[:80]) == (*range(10), *range(1, 11))
+
+
+def test_many_tensors_or_many_sets_of_numbers_take_more_launches() -> None:
+    record = Step("adam", 32, torch.zeros(300), torch.zeros(300), (), ()).record()
+    scalars = [Scalars(*range(start, start + 10)) for start in range(9)]
+    assert [packed.blocks for packed in pack_records([(record, scalars[0])] * 5, 2)] == [4, 4, 2]
+    assert [packed.blocks for packed in pack_records([(record, one) for one in scalars], 20)] == [16, 2]
+    assert pack_records([], 2) == []
 
 
 def tensors(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -72,10 +80,11 @@ def run(optimizer: BlockwiseOptimizer, steps: int, plainly: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("paged", [False, True], ids=["on the device", "paged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize("make", [AdamW8bit, Adam8bit, Lion8bit, SGD8bit])
+@pytest.mark.parametrize("make", [AdamW8bit, Adam8bit, Lion8bit, SGD8bit, AdamW4bit])
 def test_the_kernel_agrees_with_torch(make: type, dtype: torch.dtype, paged: bool) -> None:
     fused, plain = tensors(dtype), tensors(dtype)
-    options = {"lr": 1e-2, "weight_decay": 0.1, "options": StateOptions(paged=paged)}
+    bits = 4 if make is AdamW4bit else 8
+    options = {"lr": 1e-2, "weight_decay": 0.1, "options": StateOptions(bits, paged=paged)}
     first, second = make(fused, **options), make(plain, **options)
     run(first, 4, plainly=False)
     run(second, 4, plainly=True)
@@ -90,6 +99,8 @@ def test_the_kernel_agrees_with_torch(make: type, dtype: torch.dtype, paged: boo
             if key == "step":
                 assert value == other
             elif value.dtype == torch.uint8:
+                if bits == 4:
+                    value, other = (unpack_nibbles(codes, a.numel()) for codes in (value, other))
                 distance = (value.int() - other.int()).abs()
                 assert (distance > 1).float().mean() < 1e-3
                 assert (distance > 0).float().mean() < 1e-2

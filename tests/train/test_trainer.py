@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from architectures import TINY
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import lowbit
 from lowbit.nn.linear import QuantLinear
@@ -61,6 +62,33 @@ def test_trainer_distills_checkpoints_resumes_and_the_result_is_saved(tmp_path: 
     assert sum(isinstance(module, QuantLinear) for module in loaded.modules()) == 21
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_drives_qlora_as_peft_users_write_it(tmp_path: Path) -> None:
+    TINY["llama"]().save_pretrained(tmp_path / "model")
+    lowbit.register()
+    nf4 = lowbit.LowbitConfig("nf4-b64-dq")
+
+    def quantized() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=nf4, dtype=torch.float32)
+
+    base = quantized()
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = lowbit.optim.AdamW8bit([p for p in adapted.parameters() if p.requires_grad], lr=2e-2)
+    made = Trainer(adapted, arguments(tmp_path / "a", 8), train_dataset=ROWS, optimizers=(optimizer, None))
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=IDS).logits
+        again = lowbit.load_lora(quantized(), tmp_path / "adapter")
+        assert torch.allclose(again(input_ids=IDS).logits, expected, atol=1e-5)
+        merged, report = lowbit.merge_lora(adapted, batches=[IDS])
+    assert report.kld is not None
+    assert 0 < report.kld < 0.5
+    assert isinstance(merged.model.layers[0].mlp.up_proj, QuantLinear)
 
 
 def test_accelerate_prepares_and_steps() -> None:

@@ -4,7 +4,8 @@ With the wanted output t of algorithms/correction.py and moments of held-out tok
 
     E|t - w^ x~|^2 = w^ H w^T - 2 w^ T^T + const,     T = E[t x~^T] = W (H + E[(x - x~) x~^T]) + E[(r - r~) x~^T]
 
-so candidates are compared without another forward. Rows are independent, so each may choose for itself.
+so candidates are compared without another forward. Rows are independent, so each may choose for itself. What was chosen
+is then solved once more on all tokens, those that judged among them.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,14 @@ class Moments:
     shift: Tensor
     residual: Tensor | None = None
 
+    def joined(self, other: "Moments", share: float) -> "Moments":
+        """Those of both one's tokens, of which `share` are this one's."""
+        residual = None
+        if self.residual is not None and other.residual is not None:
+            residual = torch.lerp(other.residual, self.residual, share)
+        moment, shift = torch.lerp(other.moment, self.moment, share), torch.lerp(other.shift, self.shift, share)
+        return Moments(moment, shift, residual)
+
     def aim(self, w: Tensor, options: Correction) -> Tensor:
         """The weights [N, K] to round in place of w."""
         return corrected(w, self.moment, self.shift, self.residual, options)
@@ -42,31 +51,45 @@ def distance_to_wanted(dequantized: Tensor, w: Tensor, held_out: Moments) -> Ten
     return ((dequantized @ held_out.moment - 2 * wanted) * dequantized).sum(-1)
 
 
-def solve_best(
+Candidate = tuple[GptqOptions, Correction]
+
+
+def choose_rows(
     w: Tensor,
     seen: Moments,
     held_out: Moments,
     scheme: TensorScheme,
     dtype: torch.dtype,
-    candidates: Sequence[tuple[GptqOptions, Correction]],
+    candidates: Sequence[Candidate],
     columns: Columns = PLAIN,
-) -> Solution:
-    """The rows of w [N, K] solved by each candidate on `seen`, and of each the one closest to t on `held_out`.
+) -> Tensor:
+    """For each row of w [N, K] the number of the candidate that, solved on `seen`, is closest to t on `held_out`.
 
-    The first candidate is kept where no other is better. Under one scale per tensor all rows choose together.
+    int64 [N]. The first candidate is kept where no other is better. Under one scale per tensor all rows choose alike.
     """
-    best: Solution | None = None
-    lowest = torch.empty(0)
+    distances = []
     for gptq, correction in candidates:
         found = solve_gptq(seen.aim(w, correction), seen.moment, scheme, dtype, gptq, columns)
         distance = distance_to_wanted(found.dequantized, w.float(), held_out)
-        if scheme.granularity == "tensor":
-            distance = distance.sum().expand_as(distance)
-        if best is None:
-            best, lowest = found, distance
-        else:
-            best = _rows_of(found, best, distance < lowest)
-            lowest = torch.minimum(lowest, distance)
+        distances.append(distance.sum().expand_as(distance) if scheme.granularity == "tensor" else distance)
+    return torch.stack(distances).argmin(0)
+
+
+def solve_chosen(
+    w: Tensor,
+    moments: Moments,
+    choice: Tensor,
+    scheme: TensorScheme,
+    dtype: torch.dtype,
+    candidates: Sequence[Candidate],
+    columns: Columns = PLAIN,
+) -> Solution:
+    """The rows of w [N, K], each solved by the candidate of its number in choice [N]."""
+    best: Solution | None = None
+    for number in choice.unique().tolist():
+        gptq, correction = candidates[number]
+        found = solve_gptq(moments.aim(w, correction), moments.moment, scheme, dtype, gptq, columns)
+        best = found if best is None else _rows_of(found, best, choice == number)
     assert best is not None
     return best
 

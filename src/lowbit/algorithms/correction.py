@@ -49,8 +49,10 @@ def corrected(w: Tensor, moment: Tensor, shift: Tensor, residual: Tensor | None,
     double = moment.double()
     ridge = options.damping * double.diagonal().mean() + torch.finfo(torch.float64).tiny
     double.diagonal().add_(ridge)
-    step = torch.linalg.solve(double, cross.double().T).T
-    return w + options.strength * step.float()
+    factor, failed = torch.linalg.cholesky_ex(double)
+    wanted = cross.double().T
+    step = torch.linalg.solve(double, wanted) if failed else torch.cholesky_solve(wanted, factor)
+    return w + options.strength * step.T.float()
 
 
 def corrected_bias(

@@ -5,14 +5,19 @@ Minimizes |x (w - w^)^T|^2 over the calibration tokens, whose second moment is H
     U = upper Cholesky factor of (H + damping mean(diag H) I)^-1
     for each column i:   q_i = round(w_i / scale);   e = (w_i - w^_i) / U_ii;   w_j -= e U_ij  for all j > i
 
-Columns are taken in the order of falling H_ii ("act-order"), with scales chosen beforehand on the original weights in
-their natural groups ("static groups"), so nothing about the order needs to be stored. With plain min/max scales that
-order loses to the natural one; with scales searched under the weights H_jj it wins (see docs/log.md).
+Scales are chosen beforehand on the original weights in their natural groups ("static groups"), so nothing about the
+order of columns needs to be stored. Orders:
+
+    act       by falling H_ii ("act-order"). With plain min/max scales it loses to the natural one; with scales searched
+              under the weights H_jj it wins (docs/log.md)
+    group     by falling H_ii within each group of columns, groups by their largest H_ii ("group-aware": GPTQModel)
+    natural   as they stand
 
 A column that no token excites (H_jj = 0) leaves its weights at zero. When H is not positive definite even so, the
 damping grows tenfold and the solution says by how much.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,23 +31,66 @@ from lowbit.algorithms.scales import ScaleSearch, search_scale
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
 from lowbit.numerics.affine import decode, per_column
+from lowbit.numerics.formats import NumberFormat
 from lowbit.numerics.scheme import TensorScheme
 
 MAX_DAMPING = 10.0
+ORDERS = ("act", "group", "natural")
 
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """damping: a share of mean(diag H); act_order: columns by falling diag H; block: columns updated lazily.
+    """damping: a share of mean(diag H); order: one of ORDERS; block: columns updated lazily.
 
     polish: rounds of refitted scales and descent afterwards (algorithms/polish.py).
     """
 
     damping: float = 0.01
-    act_order: bool = True
+    order: str = "act"
     block: int = PANEL
     search: ScaleSearch | None = field(default_factory=ScaleSearch)
     polish: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise InputError(f"unknown order of columns {self.order!r}; choose one of {', '.join(ORDERS)}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the loop over columns works on: w [N, K] with dead columns at zero, H [K, K] without zeros on its diagonal.
+
+    order int64 [K]: which columns come first; factor: U [K, K] of H in this order; damping: the share that it took.
+    """
+
+    w: Tensor
+    moment: Tensor
+    order: Tensor
+    factor: Tensor
+    damping: float
+
+    @classmethod
+    def of(cls, w: Tensor, second_moment: Tensor, scheme: TensorScheme, options: GptqOptions) -> "Problem":
+        """Raises InputError when no damping up to 10 makes the second moment positive definite."""
+        moment = second_moment.float().clone()
+        dead = moment.diagonal() == 0
+        moment.diagonal()[dead] = 1
+        order = column_order(moment.diagonal(), scheme, options.order)
+        factor, damping = inverse_factor(moment[order][:, order], options.damping)
+        return cls(torch.where(dead, 0, w.float()), moment, order, factor, damping)
+
+
+def column_order(importance: Tensor, scheme: TensorScheme, order: str) -> Tensor:
+    """The columns int64 [K] in one of ORDERS, for importance [K] = diag H."""
+    if order == "natural":
+        return torch.arange(len(importance), device=importance.device)
+    if order == "act" or scheme.granularity != "group":
+        return importance.argsort(descending=True, stable=True)
+    groups = importance.view(-1, scheme.group_size or 1)  # [K] -> [K/G, G]
+    inside = groups.argsort(dim=1, descending=True, stable=True)
+    first = groups.amax(1).argsort(descending=True, stable=True)
+    starts = torch.arange(len(groups), device=importance.device)[:, None] * groups.shape[1]
+    return (starts + inside)[first].flatten()
 
 
 def solve_gptq(
@@ -61,22 +109,16 @@ def solve_gptq(
     definite.
     """
     options = options or GptqOptions()
-    moment = second_moment.float().clone()
-    dead = moment.diagonal() == 0
-    moment.diagonal()[dead] = 1
-    w = torch.where(dead, 0, w.float())
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    if not options.act_order:
-        order = torch.arange(len(order), device=order.device)
-    factor, damping = inverse_factor(moment[order][:, order], options.damping)
+    problem = Problem.of(w, second_moment, scheme, options)
+    w, moment, order = problem.w, problem.moment, problem.order
     scale, zero = search_scale(w, scheme, dtype, options.search, moment.diagonal())
-    q = _round_columns(w, factor, scale, zero, scheme, order, options.block, columns)
+    q = round_columns(problem, scale, zero, scheme, options.block, columns.round_panel)
     if options.polish:
         q, scale = polish(w, moment, q, scale, zero, scheme, order, options.polish, columns)
     if joint is not None:
         q, scale = descend_jointly(w, moment, joint[0], q, scale, zero, scheme, order, columns, joint[1])
     divisor = divisor_of(w, scheme.format, options.search is not None)
-    return Solution(q, scale, zero, decode(q, scale, zero, scheme), damping, divisor)
+    return Solution(q, scale, zero, decode(q, scale, zero, scheme), problem.damping, divisor)
 
 
 def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -101,31 +143,39 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-def _round_columns(
-    w: Tensor,
-    factor: Tensor,
+def round_columns(
+    problem: Problem,
     scale: Tensor,
     zero: Tensor | None,
     scheme: TensorScheme,
-    order: Tensor,
     block: int,
-    loops: Columns,
+    round_panel: Callable[[Tensor, Tensor, Tensor, Tensor, NumberFormat], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Codes [N, K] (int8, or levels in float8_e4m3fn) in natural column order.
 
     Works on the transpose, whose rows (columns of w) are contiguous.
     """
-    rows, columns = w.shape
-    left = w.T[order].contiguous()  # [N, K] -> [K, N], in solving order
-    steps = per_column(scale, scheme, w.shape)[order]
-    shifts = torch.zeros_like(steps) if zero is None else per_column(zero, scheme, w.shape)[order]
-    is_int = scheme.format.kind == "int"
-    q = torch.empty(columns, rows, dtype=torch.int8 if is_int else torch.float32, device=w.device)
+    factor, order, (rows, columns) = problem.factor, problem.order, problem.w.shape
+    left = problem.w.T[order].contiguous()  # [N, K] -> [K, N], in solving order
+    steps, shifts = grids_in_order(scale, zero, scheme, problem)
+    codes = torch.empty(columns, rows, device=left.device)
     for start in range(0, columns, block):
         part = slice(start, min(start + block, columns))
-        codes, errors = loops.round_panel(left[part], factor[part, part], steps[part], shifts[part], scheme.format)
-        q[part] = codes
+        codes[part], errors = round_panel(left[part], factor[part, part], steps[part], shifts[part], scheme.format)
         left[part.stop :].addmm_(factor[part, part.stop :].T, errors, alpha=-1)
-    natural = torch.empty_like(q)
-    natural[order] = q
-    return natural.T.contiguous().to(torch.int8 if is_int else torch.float8_e4m3fn)  # [K, N] -> [N, K]
+    return codes_in_place(codes, order, scheme)
+
+
+def grids_in_order(scale: Tensor, zero: Tensor | None, scheme: TensorScheme, problem: Problem) -> tuple[Tensor, Tensor]:
+    """(steps, zero-points) [K, N] of each column in solving order; zeros where there are no zero-points."""
+    steps = per_column(scale, scheme, problem.w.shape)[problem.order]
+    shifts = torch.zeros_like(steps) if zero is None else per_column(zero, scheme, problem.w.shape)[problem.order]
+    return steps, shifts
+
+
+def codes_in_place(codes: Tensor, order: Tensor, scheme: TensorScheme) -> Tensor:
+    """Codes float32 [K, N] in solving order as the codes [N, K] of the weight."""
+    natural = torch.empty(codes.shape, dtype=torch.int8 if scheme.format.kind == "int" else torch.float32,
+                          device=codes.device)  # fmt: skip
+    natural[order] = codes.to(natural.dtype)
+    return natural.T.contiguous().to(torch.int8 if scheme.format.kind == "int" else torch.float8_e4m3fn)

@@ -89,9 +89,9 @@ def refit_scale(
 
 def _group_products(u: Tensor, moment: Tensor) -> Tensor:
     """u_g H_gh u_h^T for u [N, K/G, G]: [N, K/G, K/G]."""
-    size = u.shape[-1]
-    reach = [u[:, g] @ moment[g * size : (g + 1) * size] for g in range(u.shape[1])]
-    return torch.einsum("nhga,nga->nhg", torch.stack(reach, 1).unflatten(-1, (-1, size)), u)  # [N, K/G, K/G, G]
+    rows, groups, size = u.shape
+    reach = torch.bmm(u.transpose(0, 1), moment.reshape(groups, size, groups * size))  # [K/G, N, K]
+    return torch.einsum("hnga,nga->nhg", reach.view(groups, rows, groups, size), u)
 
 
 def descend(

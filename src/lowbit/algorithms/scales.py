@@ -19,6 +19,8 @@ from lowbit.algorithms.blocks import divisor_of, is_blocks, plain_blocks, search
 from lowbit.numerics.affine import choose_scale, group_view, round_to, value_range
 from lowbit.numerics.scheme import TensorScheme
 
+AT_A_TIME = 1 << 25  # numbers
+
 
 @dataclass(frozen=True)
 class ScaleSearch:
@@ -50,20 +52,27 @@ def search_scale(
     weight = _importance_view(w, scheme, importance)
     grouped = group_view(w, scheme)
     best_error = torch.full_like(low, torch.inf)
-    for step in range(search.steps + 1):
-        p = 1 - step * (1 - search.smallest) / search.steps
-        scale, zero = choose_scale(p * low, p * high, scheme, dtype)
-        candidates = [(scale, zero)]
+    shares = [1 - step * (1 - search.smallest) / search.steps for step in range(search.steps + 1)]
+    for some in torch.tensor(shares, device=w.device).split(_at_a_time(w)):
+        p = some.view(-1, *[1] * low.dim())
+        scale, zero = choose_scale(p * low, p * high, scheme, dtype)  # [candidates, *the scale's shape]
         if scheme.symmetric and search.signed:
-            candidates.append((-scale, zero))
-        for scale, zero in candidates:
-            error = _weighted_error(grouped, scale, zero, scheme, weight, search.norm)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            if zero is not None and best_zero is not None:
-                best_zero = torch.where(better, zero, best_zero)
+            scale = torch.stack([scale, -scale], 1).flatten(0, 1)
+        error = _weighted_error(grouped, scale, zero, scheme, weight, search.norm)
+        least, index = error.nan_to_num_(torch.inf, torch.inf).min(
+            0, keepdim=True
+        )  # NaN: a scale that overflows its dtype
+        better = least[0] < best_error
+        best_error = torch.where(better, least[0], best_error)
+        best_scale = torch.where(better, scale.gather(0, index)[0], best_scale)
+        if zero is not None and best_zero is not None:
+            best_zero = torch.where(better, zero.gather(0, index)[0], best_zero)
     return best_scale, best_zero
+
+
+def _at_a_time(w: Tensor) -> int:
+    """How many candidates are tried together: one on a CPU, whose caches then hold it; on a GPU a launch does many."""
+    return 1 if w.device.type == "cpu" else max(AT_A_TIME // w.numel(), 1)
 
 
 def _importance_view(w: Tensor, scheme: TensorScheme, importance: Tensor | None) -> Tensor | None:

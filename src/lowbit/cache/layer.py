@@ -13,7 +13,6 @@ is dropped, a whole block at a time.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,17 +20,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from lowbit.cache.blocks import PackedBlocks
+from lowbit.cache.scheme import CacheScheme
 from lowbit.errors import InputError
-
-
-@dataclass(frozen=True)
-class CacheScheme:
-    """bits a code; group: tokens of a channel of keys, and channels of a token of values, that share a scale."""
-
-    bits: int = 4
-    group: int = 32
-    window: int = 128
-    sinks: int = 4
 
 
 class QuantizedLayer(DynamicLayer):
@@ -52,7 +42,8 @@ class QuantizedLayer(DynamicLayer):
         self.seen = 0  # tokens, those that slid out included
         self.dropped = 0  # tokens that slid out
         self.sinks: tuple[Tensor, Tensor] | None = None  # keys, values [b, h, T, D]
-        self.packed: tuple[PackedBlocks, PackedBlocks] | None = None  # keys [b, h, n, D, G], values [b, h, n, G, D]
+        # keys [b, h, n, D, G] (token_keys: as values), values [b, h, n, G, D]
+        self.packed: tuple[PackedBlocks, PackedBlocks] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [b, h, T, D] in; all that the new tokens may attend to, [b, h, all, D] each."""
@@ -147,8 +138,8 @@ class QuantizedLayer(DynamicLayer):
         """All keys and values, [b, h, T, D] each."""
         keys, values = [self.keys], [self.values]
         if self.packed is not None:
-            keys.insert(0, self.packed[0].decode(self.dtype).transpose(-1, -2).flatten(2, 3))  # [b, h, n, D, G]
-            values.insert(0, self.packed[1].decode(self.dtype).flatten(2, 3))  # [b, h, n, G, D] -> [b, h, nG, D]
+            keys.insert(0, self.scheme.decode_keys(self.packed[0], self.dtype))
+            values.insert(0, self.scheme.decode_values(self.packed[1], self.dtype))
         if self.sinks is not None:
             keys.insert(0, self.sinks[0])
             values.insert(0, self.sinks[1])
@@ -174,11 +165,8 @@ class QuantizedLayer(DynamicLayer):
 
     def _pack(self, blocks: int) -> None:
         """Pack the oldest blocks of the recent tokens."""
-        bits, group = self.scheme.bits, self.scheme.group
-        keys, values = self._take(blocks * group)
-        keys = keys.unflatten(2, (blocks, group)).transpose(-1, -2)  # [b, h, nG, D] -> [b, h, n, D, G]
-        values = values.unflatten(2, (blocks, group))  # [b, h, nG, D] -> [b, h, n, G, D]
-        new = PackedBlocks.encode(keys, bits, group), PackedBlocks.encode(values, bits, _divisor(values, group))
+        keys, values = self._take(blocks * self.scheme.group)
+        new = self.scheme.encode_keys(keys), self.scheme.encode_values(values)
         for name, part in zip(("keys", "values"), new, strict=True):
             if not (part.scale.isfinite().all() and part.low.isfinite().all()):
                 raise InputError(
@@ -192,9 +180,10 @@ class QuantizedLayer(DynamicLayer):
         assert self.packed is not None
         keys, values = self.packed
         last = keys.count - 1
-        tail = keys.between(last, last + 1).decode(self.dtype).transpose(-1, -2).flatten(2, 3)
+        tail = self.scheme.decode_keys(keys.between(last, last + 1), self.dtype)
         self.keys = torch.cat([tail, self.keys], dim=-2)
-        self.values = torch.cat([values.between(last, last + 1).decode(self.dtype).flatten(2, 3), self.values], dim=-2)
+        tail = self.scheme.decode_values(values.between(last, last + 1), self.dtype)
+        self.values = torch.cat([tail, self.values], dim=-2)
         self.packed = (keys.between(0, last), values.between(0, last)) if last else None
 
     def _drop(self, tokens: int) -> None:
@@ -224,8 +213,3 @@ class QuantizedLayer(DynamicLayer):
 
 def _joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([first[0], second[0]], dim=-2), torch.cat([first[1], second[1]], dim=-2)
-
-
-def _divisor(values: Tensor, group: int) -> int:
-    """The largest divisor of the head's size that is no larger than `group`."""
-    return next(size for size in range(min(group, values.shape[-1]), 0, -1) if values.shape[-1] % size == 0)

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lowbit.cache.layer import CacheScheme, QuantizedLayer
+from lowbit.cache.layer import QuantizedLayer
+from lowbit.cache.scheme import CacheScheme
 from lowbit.errors import InputError
 from lowbit.numerics.formats import INT_BITS
 
@@ -19,12 +20,23 @@ class QuantizedCache(Cache):
 
     config: the model's. bits: 2 to 8. group_size: how many tokens of a channel of keys, and how many channels of a
     token of values, share a float16 scale and offset. window: at least so many of the latest tokens stay in float, and
-    so do the first `sinks`. Sliding-window layers keep no more than they need; layers that share another's keys keep
-    none. Raises InputError for numbers out of range and for a model whose layers keep another state (linear attention).
+    so do the first `sinks`. token_keys: keys are grouped along the channels of a token too, as values are. rotate_keys:
+    keys are turned by a Hadamard matrix while they are packed (R3), which pays with token_keys.
+
+    Sliding-window layers keep no more than they need; layers that share another's keys keep none. Raises InputError for
+    numbers out of range and for a model whose layers keep another state (linear attention).
     """
 
     def __init__(
-        self, config: PreTrainedConfig, bits: int = 4, group_size: int = 32, window: int = 128, sinks: int = 4
+        self,
+        config: PreTrainedConfig,
+        bits: int = 4,
+        group_size: int = 32,
+        window: int = 128,
+        sinks: int = 4,
+        *,
+        token_keys: bool = False,
+        rotate_keys: bool = False,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise InputError(f"a cache is made for a model's config, not {type(config).__name__}; give model.config")
@@ -35,7 +47,7 @@ class QuantizedCache(Cache):
                 f"group_size {group_size}, window {window}, sinks {sinks}: a group has at least one token, and no "
                 "number is negative"
             )
-        self.scheme = CacheScheme(bits, group_size, window, sinks)
+        self.scheme = CacheScheme(bits, group_size, window, sinks, token_keys, rotate_keys)
         plain = DynamicCache(config=config).layers
         super().__init__(layers=[_quantized(layer, index, self.scheme) for index, layer in enumerate(plain)])
 

@@ -40,6 +40,9 @@ def finetune_command(
     next_token: Annotated[
         bool, typer.Option("--next-token", help="qat: learn the text's next tokens, not the original's answers.")
     ] = False,
+    start: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="qat: quantize by this method first, and train from there.")
+    ] = None,
     eager: Annotated[
         bool, typer.Option("--eager", help="On CUDA: no graph of qat's steps, no compiling of qlora's blocks.")
     ] = False,
@@ -52,7 +55,9 @@ def finetune_command(
     loop = LoopOptions(steps=steps, batch=batch, warmup=warmup, keep_every=keep_every, seed=seed)
     lora = LoraOptions(rank, alpha, targets=tuple(target))
     rules = (*(Rule.parse(text) for text in rule), *(Rule(glob, None) for glob in ignore))
-    options = Finetuning(method, scheme, lr, seq_len, not next_token, merge, merge_16bit, rules, lora, loop, eager)
+    options = Finetuning(
+        method, scheme, lr, seq_len, not next_token, merge, merge_16bit, rules, lora, loop, eager, start
+    )
     with Bar(STDERR) as bar:
         done = finetune(model, data, out, options, device, overwrite, bar.show)
     STDOUT.print(str(done), soft_wrap=True)

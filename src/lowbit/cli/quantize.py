@@ -31,13 +31,16 @@ from lowbit.cli.options import (
     widths,
 )
 from lowbit.errors import InputError
-from lowbit.model.recipe import EFFORTS, METHODS, Recipe, default_method
+from lowbit.model.efforts import EFFORTS, recipe_at
+from lowbit.model.recipe import METHODS, Recipe, default_method
 from lowbit.model.select import Rule
 from lowbit.numerics.scheme import GRAMMAR, QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 from lowbit.options import Calibration, Evaluation, Gates
 from lowbit.terminal import Bar, comparison_table, report_text, samples_text
 from lowbit.verbs import Conditions, compare, quantize
+
+DEFAULT_EFFORT = 2  # where the user brings text: three runs, and the closest of them; without, one run of gptq
 
 
 @app.command("quantize")
@@ -46,7 +49,8 @@ def quantize_command(
     out: Out,
     scheme: Annotated[str, typer.Option(help=GRAMMAR)] = "w4a16-g64",
     method: Annotated[
-        str | None, typer.Option(help=f"{', '.join(METHODS)}; default: gptq, or rtn for nf4, fp4, fp8.")
+        str | None,
+        typer.Option(help=f"{', '.join(METHODS)}; default: --effort 2 with --calibration, else gptq or rtn."),
     ] = None,
     effort: Annotated[
         int | None,
@@ -61,7 +65,7 @@ def quantize_command(
     rule: Annotated[list[str], typer.Option(metavar="GLOB=SCHEME", help="Another scheme for matching layers.")] = [],  # noqa: B006
     observer: Annotated[str, typer.Option(help=f"For static activations: {', '.join(OBSERVERS)}.")] = "mse",
     bits: Bits = None,
-    candidates: Candidates = "2,3,4,6,8",
+    candidates: Candidates = "2,3,4,5,6,8",
     min_coverage: MinCoverage = 0.9,
     max_kld: HeldKld = None,
     max_ppl_increase: MaxPpl = None,
@@ -78,8 +82,10 @@ def quantize_command(
     rules = (*(Rule.parse(text) for text in rule), *(Rule(glob, None) for glob in ignore))
     if effort is not None and method is not None:
         raise InputError(f"--effort {effort} and --method {method} were both given; give one of them")
+    if effort is None and method is None and calibration is not None:
+        effort = DEFAULT_EFFORT
     if effort is not None:
-        recipe = Recipe.at_effort(parsed, effort, rules, observer)
+        recipe = recipe_at(parsed, effort, rules, observer)
     else:
         recipe = Recipe(parsed, method or default_method(parsed), rules, observer)
     with Bar(STDERR, device) as bar:

@@ -114,7 +114,8 @@ def fake_activations(x: Tensor, scheme: QuantScheme) -> Tensor:
     """x [..., K] under the dynamic grids of scheme's activations: x's dtype; the gradient passes unchanged."""
     activations = scheme.activations
     assert activations is not None
-    simple = activations.granularity == "token" and activations.format.kind == "int" and not activations.searched
+    token = activations.granularity == "token" and activations.format.kind == "int"
+    simple = token and not activations.searched and not activations.outlier
     if not (_on_kernel(x) and simple and x.shape[-1] <= _LARGEST_RUN):
         return fake.fake_quantize_dynamic(x, activations)
     return cast("Tensor", _FakeRows.apply(x.contiguous(), str(scheme)))

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from lowbit.numerics.dynamic import dynamic_scale, round_activations
+from lowbit.numerics.dynamic import INT8_LARGEST, dynamic_scale, round_activations
 from lowbit.numerics.scheme import TensorScheme
 from lowbit.tensors import PackedWeight
-
-_INT8_LARGEST = 127.0
 
 
 def activation_scale(
@@ -100,10 +98,10 @@ def _outlier_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, thresh
     columns = is_outlier.any(0)  # [K]
     inliers = half.float().masked_fill(is_outlier, 0)
     largest = inliers.abs().amax(-1, keepdim=True)  # [M, 1]
-    q = (inliers * (_INT8_LARGEST / largest)).nan_to_num(0).round().to(torch.int8)
+    q = (inliers * (INT8_LARGEST / largest)).nan_to_num(0).round().to(torch.int8)
     q = q.masked_fill(columns, 0)
     product = int8_product(q, weight.codes).float()
-    y = product * (largest / _INT8_LARGEST) * weight.scale.float().reshape(1, -1)
+    y = product * (largest / INT8_LARGEST) * weight.scale.float().reshape(1, -1)
     if bias is not None:
         y = y + bias.float()
     y = y.to(x.dtype)

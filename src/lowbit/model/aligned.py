@@ -158,11 +158,11 @@ def _same(a: Tensor, b: Tensor, y: Tensor) -> bool:
 
 
 def twins(
-    noisy: BlockStream, clean: BlockStream, prepare: Callable[[nn.Module], None] = lambda block: None
+    noisy: BlockStream, clean: BlockStream, prepare: Callable[[Block], None] = lambda block: None
 ) -> Iterator[Twin]:
-    """The blocks of two streams over one model, side by side, each after `prepare` was called with it."""
+    """The blocks of two streams over one model, side by side, each after `prepare` was called with the noisy one."""
     for left, right in zip(noisy, clean, strict=True):
-        prepare(left.module)
+        prepare(left)
         yield Twin(left, right)
         if right.index + 1 < len(clean) and not right.advanced:
             right.advance()

@@ -1,197 +1,27 @@
 """One layer's turn: statistics in, solution out, the quantized layer put in place, its loss written down."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.algorithms.choose import Moments, solve_best
-from lowbit.algorithms.columns import PLAIN, Columns
+from lowbit.algorithms.choose import Moments, choose_rows, solve_chosen
 from lowbit.algorithms.correction import corrected_bias
-from lowbit.algorithms.gptq import solve_gptq
-from lowbit.algorithms.hqq import solve_hqq
-from lowbit.algorithms.rtn import solve_rtn
-from lowbit.algorithms.scales import ScaleSearch
+from lowbit.algorithms.gptaq import solve_gptaq, solve_qronos
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
-from lowbit.kernels.ops import rotate
-from lowbit.model.recipe import ALIGNED_METHODS, MOMENT_METHODS, Recipe
-from lowbit.model.rungs import errors_below
-from lowbit.model.sensitivity import Sensed
+from lowbit.model.log import LayerLog, columns_for
+from lowbit.model.recipe import SHIFT_METHODS
+from lowbit.model.statistics import Statistics
 from lowbit.nn.experts import QuantExperts, run_experts_plainly
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.rotated import rotation_of
-from lowbit.numerics import metrics
 from lowbit.numerics.affine import choose_scale
-from lowbit.numerics.dynamic import round_activations
-from lowbit.numerics.hadamard import Hadamard
-from lowbit.numerics.scheme import QuantScheme, TensorScheme
-from lowbit.observe.moments import CrossMoment, SecondMoment, finite_range
-from lowbit.observe.ranges import Observer, make_observer
-from lowbit.optional import installed, late
-from lowbit.report import Histogram, LayerRecord
+from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight, check_finite
-
-CLIP_SEARCH = ScaleSearch(norm=2.4)  # the exponent of GPTQ's --mse search
-BINS = 64
-SHOWN_LAYERS = 6  # the worst layers, whose histograms a report keeps
-
-
-def columns_for(device: torch.device) -> Columns:
-    """The solvers' inner loops for tensors on this device: fused where Triton is installed beside a GPU."""
-    if device.type != "cuda" or not installed("triton"):
-        return PLAIN
-    kernels = late("lowbit.kernels.triton.columns")
-    return Columns(kernels.round_panel, kernels.descend_panel)
-
-
-class Statistics:
-    """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
-
-    shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it; held_out
-    keeps tokens apart that judge candidates (algorithms/choose.py). rounding: how the layer will round its input at run
-    time, in so few bits that the moments are taken of what it then multiplies.
-    """
-
-    def __init__(
-        self,
-        moment: SecondMoment | None,
-        observer: Observer | None,
-        rounding: TensorScheme | None = None,
-        rotation: Hadamard | None = None,
-    ) -> None:
-        self.moment, self.observer, self.rounding, self.rotation = moment, observer, rounding, rotation
-        self.shift: CrossMoment | None = None
-        self.residual: CrossMoment | None = None
-        self.held_out: Statistics | None = None
-        self.sample: Histogram | None = None
-
-    def moments(self, moment: Tensor) -> Moments:
-        """What algorithms/choose.py and correction.py work on; only where shift was observed."""
-        assert self.shift is not None
-        return Moments(moment, self.shift.value, None if self.residual is None else self.residual.value)
-
-    def turned(self, x: Tensor) -> Tensor:
-        """x [..., K] as the layer rotates it; x itself where it does not."""
-        return x if self.rotation is None else rotate(x, self.rotation)
-
-    def as_read(self, x: Tensor) -> Tensor:
-        """x [..., K] as the quantized layer will multiply it: rotated, and in few bits rounded."""
-        x = self.turned(x)
-        if self.rounding is None:
-            return x
-        finite_range(x)
-        rows = x.reshape(-1, x.shape[-1])  # [..., K] -> [M, K]
-        return round_activations(rows, self.rounding).to(x.dtype).view(x.shape)
-
-    def update(self, x: Tensor, read: Tensor | None = None) -> None:
-        """Take the tokens of x [..., K] into account; read is `as_read(x)` where it is at hand."""
-        if self.moment is not None:
-            self.moment.update(self.as_read(x) if read is None else read)
-        if self.observer is not None:
-            self.observer.update(self.turned(x))
-        if self.sample is None:
-            finite_range(x)  # infinity can't be counted
-            self.sample = histogram(x, "", "activation")
-
-
-@dataclass
-class LayerLog:
-    """Collects what the pipeline did: a record and histograms per layer, and warnings."""
-
-    recipe: Recipe
-    scale_dtype: torch.dtype
-    records: list[LayerRecord] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    rewritten: set[str] = field(default_factory=set)  # float parameters that were changed
-    corrected: set[str] = field(default_factory=set)  # biases that were
-    untied: bool = False  # the head has a weight of its own now
-    seen: dict[str, tuple[Histogram, ...]] = field(default_factory=dict)
-    observed: bool = False
-    sensed: dict[str, Sensed] = field(default_factory=dict)
-
-    def statistics(
-        self, in_features: int, scheme: QuantScheme, device: torch.device, rotation: Hadamard | None = None
-    ) -> Statistics:
-        """Empty statistics of an input of `in_features` channels, as far as this recipe needs them.
-
-        rotation: what the layer does to its input first.
-        """
-        self.observed = True
-        static = scheme.activations is not None and not scheme.activations.dynamic
-        observer = make_observer(self.recipe.observer, scheme.activations) if static and scheme.activations else None
-        moment = SecondMoment(in_features, device) if self.recipe.method in MOMENT_METHODS else None
-        few = scheme.activations is not None and scheme.activations.dynamic and scheme.activations.bits < 8
-        return Statistics(moment, observer, scheme.activations if few else None, rotation)
-
-    def solve(self, w: Tensor, scheme: QuantScheme, moment: Tensor | None, name: str) -> tuple[Solution, str]:
-        """(solution, method used) for w [N, K]; without a second moment gptq falls back to rtn, with a warning."""
-        method = self.recipe.method
-        if method in MOMENT_METHODS and moment is None:
-            self.warnings.append(f"{name}: no calibration token was seen there, so it was rounded to nearest")
-            method = "rtn"
-        if method in ("rtn-weighted", "awq"):
-            assert moment is not None
-            importance = moment.diagonal()
-            return solve_rtn(w, scheme.weights, self.scale_dtype, ScaleSearch(), importance), method
-        if method in ("gptq", "smooth", *ALIGNED_METHODS):
-            assert moment is not None
-            outputs = self.sensed[name].outputs if name in self.sensed else None
-            joint = None if outputs is None or self.recipe.joint is None else (outputs.to(w.device), self.recipe.joint)
-            solution = solve_gptq(
-                w, moment, scheme.weights, self.scale_dtype, self.recipe.gptq, columns_for(w.device), joint
-            )
-            if solution.damping != self.recipe.gptq.damping:
-                self.warnings.append(f"{name}: its second moment needed damping {solution.damping:g}")
-            return solution, method
-        if method == "hqq":
-            return solve_hqq(w, scheme.weights, self.scale_dtype), method
-        search = CLIP_SEARCH if method == "rtn-clip" else None
-        return solve_rtn(w, scheme.weights, self.scale_dtype, search), method
-
-    def note(
-        self, name: str, scheme: QuantScheme, method: str, w: Tensor, dequantized: Tensor, observed: Statistics | None,
-        moment: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Write down what layer `name` lost."""
-        error = w - dequantized
-        relative = metrics.relative_error(w, dequantized)
-        output = None if moment is None else metrics.output_error(error, w, moment)
-        self.records.append(LayerRecord(name, str(scheme), method, relative, metrics.sqnr_db(relative), output))
-        shown = [histogram(w, name, "weight"), histogram(error, name, "error")]
-        if observed is not None and observed.sample is not None:
-            sample = observed.sample
-            shown.append(Histogram(name, sample.of, sample.low, sample.high, sample.counts))
-        self.seen[name] = tuple(shown)
-
-    def compare(self, w: Tensor, scheme: QuantScheme, moment: Tensor, sizes: Sequence[int]) -> None:
-        """Add what lower rungs leave to the latest records, whose layers are w [N, K] cut into rows of these sizes."""
-        ends = list(accumulate(sizes))
-        rows = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        below = errors_below(w, scheme, moment, self.scale_dtype, self.recipe.effort or 0, rows)
-        latest = self.records[-len(sizes) :]
-        self.records[-len(sizes) :] = [
-            replace(record, below=rungs) if record.method != "rtn" else record
-            for record, rungs in zip(latest, below, strict=True)
-        ]
-
-    @property
-    def histograms(self) -> tuple[Histogram, ...]:
-        """Those of the worst layers: by output error where it is known, else by relative error."""
-        ranked = sorted(self.records, key=lambda record: -(record.output_error or record.relative_error))
-        return tuple(item for record in ranked[:SHOWN_LAYERS] for item in self.seen[record.name])
-
-
-def histogram(x: Tensor, layer: str, of: str) -> Histogram:
-    """Counts of x in 64 equal bins from its smallest to its largest element."""
-    values = x.detach().flatten().float()
-    low, high = (bound.item() for bound in torch.aminmax(values))
-    counts = torch.histc(values, BINS, low, high) if low < high else torch.tensor([float(values.numel())])
-    return Histogram(layer, of, low, high, tuple(int(count) for count in counts.tolist()))
 
 
 def solve_linears(
@@ -244,14 +74,21 @@ def solve_experts(
     """Quantize a 3-D parameter [E, N, K] of `module`, in place, expert by expert."""
     weights = module.get_parameter(name)
     check_finite(weights, f"{prefix}.{name}")
-    layers = []
+    layers, few = [], 0
     for expert, w in enumerate(weights.float()):
         statistics = observed.get(expert)
         full_name = f"{prefix}.{name}.{expert}"
         moment = _moment(statistics, full_name)
-        solution, method = log.solve(w, scheme, moment, full_name)
+        tokens = statistics.tokens if statistics is not None else None
+        solution, method = log.solve(w, scheme, moment, full_name, tokens)
+        few += method != log.recipe.method and moment is not None
         log.note(full_name, scheme, method, w, solution.dequantized, statistics, moment)
         layers.append(QuantLinear.from_packed(_packed(solution, slice(None), scheme)))
+    if few:
+        log.warnings.append(
+            f"{prefix}.{name}: {few} of {len(layers)} experts saw fewer tokens than their {weights.shape[2]} channels, "
+            "so they were rounded under weighted scales; calibrate on more text"
+        )
     parent, _, attribute = name.rpartition(".")
     delattr(module.get_submodule(parent), attribute)
     _put(module, name, QuantExperts(layers))
@@ -284,12 +121,28 @@ def _solved(
     if recipe.correction is None or moment is None or observed is None or observed.shift is None:
         return log.solve(w, scheme, moment, name)
     seen = observed.moments(moment)
+    if recipe.method in SHIFT_METHODS:
+        solve = solve_gptaq if recipe.method == "gptaq" else partial(solve_qronos, columns=columns_for(w.device))
+        return solve(w, moment, seen.shift, scheme.weights, log.scale_dtype, recipe.gptq), recipe.method
     if recipe.method != "chosen" or observed.held_out is None or observed.held_out.moment is None:
         return log.solve(seen.aim(w, recipe.correction), scheme, moment, name)
-    held_out = observed.held_out.moments(observed.held_out.moment.value)
-    options = [(recipe.gptq, replace(recipe.correction, strength=s, residual=r)) for s, r in CANDIDATES]
-    columns = columns_for(w.device)
-    return solve_best(w, seen, held_out, scheme.weights, log.scale_dtype, options, columns), recipe.method
+    return _solved_by_choice(w, scheme, observed, seen, log), recipe.method
+
+
+def _solved_by_choice(w: Tensor, scheme: QuantScheme, observed: Statistics, seen: Moments, log: LayerLog) -> Solution:
+    """w [N, K], each row by the best of CANDIDATES; they are compared before polishing, which serves all alike."""
+    recipe, kept = log.recipe, observed.held_out
+    assert recipe.correction is not None
+    assert kept is not None
+    assert kept.moment is not None
+    held_out = kept.moments(kept.moment.value)
+    corrections = [replace(recipe.correction, strength=s, residual=r) for s, r in CANDIDATES]
+    rough = [(replace(recipe.gptq, polish=0), correction) for correction in corrections]
+    columns, dtype = columns_for(w.device), log.scale_dtype
+    choice = choose_rows(w, seen, held_out, scheme.weights, dtype, rough, columns)
+    whole = seen.joined(held_out, observed.tokens / (observed.tokens + kept.tokens))
+    candidates = [(recipe.gptq, correction) for correction in corrections]
+    return solve_chosen(w, whole, choice, scheme.weights, dtype, candidates, columns)
 
 
 def _static_grid(

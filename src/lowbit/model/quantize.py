@@ -7,9 +7,7 @@ that needs no statistics runs no forward at all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import cast
 
@@ -17,27 +15,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, MethodError
 from lowbit.kernels.reference import keeping_decoded
 from lowbit.memory import give_back
-from lowbit.model.aligned import Seen, Twin, residual_sources, twins
-from lowbit.model.fold import smooth_block
-from lowbit.model.layers import LayerLog, Statistics, solve_experts, solve_linears
-from lowbit.model.recipe import MOMENT_METHODS, SMOOTHING_METHODS, Recipe
+from lowbit.model.aligned import Twin, residual_sources, twins
+from lowbit.model.layers import solve_experts, solve_linears
+from lowbit.model.log import LayerLog
+from lowbit.model.observing import observe_experts, observe_linears, observe_twin
+from lowbit.model.recipe import HESSIAN_METHODS, MOMENT_METHODS, SMOOTHING_METHODS, Recipe
 from lowbit.model.rotate import rotate_model
 from lowbit.model.rotation import Rotation
 from lowbit.model.select import Selection
 from lowbit.model.sensitivity import sense
-from lowbit.nn.rotated import rotation_of
+from lowbit.model.smooth import smooth_block
+from lowbit.model.statistics import Statistics
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block, BlockStream
-from lowbit.observe.capture import StopForward, find_blocks
-from lowbit.observe.endings import Replays, replaying, watching_endings
-from lowbit.observe.inputs import ExpertInput, expert_inputs, input_groups
-from lowbit.observe.moments import CrossMoment
+from lowbit.observe.capture import find_blocks
+from lowbit.observe.endings import replaying, watching_endings
+from lowbit.observe.inputs import input_groups
 from lowbit.observe.parking import parked
 
-HELD_OUT = 6  # one batch in so many judges the candidates of effort 3
 MAX_STAGES = 8  # a block whose experts are linears of their own would else run one forward for each of them
 
 Progress = Callable[[str, int, int], None]
@@ -63,6 +61,27 @@ def needs_data(recipe: Recipe, selection: Selection) -> bool:
     return recipe.method in MOMENT_METHODS or any(static)
 
 
+def check_tokens(model: nn.Module, recipe: Recipe, selection: Selection, tokens: int) -> None:
+    """Raise InputError where so many calibration tokens leave the second moment of some layer's input singular.
+
+    With fewer tokens than channels GPTQ fits what it saw and loses to rounding (docs/log-budget.md). Experts are not
+    asked here: which tokens reach them is not known yet (model/layers.py).
+    """
+    if recipe.method not in HESSIAN_METHODS:
+        return
+    parameters = dict(model.named_parameters())
+    widths = {name: model.get_parameter(f"{name}.weight").shape[1]
+              for name in selection.schemes if name not in parameters}  # fmt: skip
+    widest = max(widths, key=lambda name: widths[name], default="")
+    if widest and tokens < widths[widest]:
+        other = "--effort 1" if recipe.effort is not None else "--method rtn-weighted"
+        raise InputError(
+            f"{tokens} calibration tokens are too few for {recipe.method}: {widest} reads {widths[widest]} channels, "
+            "whose second moment is singular with fewer tokens; give a longer text or more and longer samples, or use "
+            f"{other}"
+        )
+
+
 @torch.no_grad()
 def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
     """Replace the selected weights of `model` by quantized ones, in place; what each of them lost.
@@ -83,28 +102,35 @@ def quantize_blocks(model: nn.Module, job: Job) -> LayerLog:
             _stream(model, job) as noisy,
             _stream(model, job) as clean,
         ):
-            give_back()
-            for twin in islice(twins(noisy, clean, take_out), depth):
+            give_back(job.device)
+
+            def prepare(block: Block) -> None:
+                take_out(block.module)
+                schemes = _inside(job, block.name)
+                if job.recipe.method in SMOOTHING_METHODS and schemes:
+                    groups, idle = input_groups(block, _split(block.module, schemes)[0])
+                    _smooth(block, groups, idle, schemes, log)
+                    _check_smoothed(model, job.recipe.method, log)
+
+            for twin in islice(twins(noisy, clean, prepare), depth):
                 _quantize_twin(twin, _inside(job, twin.noisy.name), log)
-                give_back()
+                give_back(job.device)
                 job.progress("quantizing", twin.noisy.index + 1, depth)
     elif needs_data(job.recipe, job.selection):
         with parked(blocks, job.scale_dtype) as take_out, _stream(model, job) as stream:
-            give_back()
+            give_back(job.device)
             for block in islice(stream, depth):
                 take_out(block.module)
-                _quantize_observed(block, _inside(job, block.name), log)
-                give_back()
+                schemes = _inside(job, block.name)
+                _quantize_observed(block, schemes, log)
+                if job.recipe.method in SMOOTHING_METHODS and schemes:
+                    _check_smoothed(model, job.recipe.method, log)
+                give_back(job.device)
                 job.progress("quantizing", block.index + 1, depth)
     else:
         for index, module in enumerate(blocks):
             _quantize_blind(module, f"{blocks_name}.{index}", _inside(job, f"{blocks_name}.{index}"), log)
             job.progress("quantizing", index + 1, len(blocks))
-    if job.recipe.method in SMOOTHING_METHODS and not log.rewritten:
-        raise InputError(
-            f"{job.recipe.method} found no norm in {type(model).__name__} whose only readers are linears that are "
-            "quantized; use --method gptq"
-        )
     log.rewritten |= log.corrected
     for name in outside:
         solve_linears(model, "", [name], job.selection.schemes[name], None, log)
@@ -120,6 +146,16 @@ def _rotate(model: nn.Module, job: Job, options: Rotation, log: LayerLog) -> Non
         f"rotated {'the residual stream, ' * options.residual}the values of {rotated.heads} blocks and the inputs of "
     )
     log.notes.append(f"{words}{len(rotated.online)} layers at run time")
+
+
+def _check_smoothed(model: nn.Module, method: str, log: LayerLog) -> None:
+    """Raise MethodError after a block in which no norm could take scales: in an hour it would be no better."""
+    if not log.rewritten:
+        other = "aligned" if method == "awq" else "gptq"
+        raise MethodError(
+            f"{method} found no norm in {type(model).__name__} whose only readers are matrices that can be scaled "
+            f"with it; use --method {other}"
+        )
 
 
 def _stream(model: nn.Module, job: Job) -> BlockStream:
@@ -153,24 +189,30 @@ def _quantize_observed(block: Block, schemes: dict[str, QuantScheme], log: Layer
     with watching_endings(block, linears) as endings:
         groups, idle = input_groups(block, linears)
     if log.recipe.method in SMOOTHING_METHODS:
-        busy = [group for group in groups if group[0] not in idle]
-        rewritten = smooth_block(block, busy, schemes, log.scale_dtype)
-        log.rewritten |= {f"{block.name}.{name}" for name in rewritten}
+        _smooth(block, groups, idle, schemes, log)
     with keeping_decoded(), replaying(block, endings) as replays:
         for stage in _stages([group for group in groups if group[0] not in idle]):
-            statistics = _observe_linears(block, stage, schemes, log, replays)
-            give_back()  # the forward's short-lived tensors, before the solver's
+            statistics = observe_linears(block, stage, schemes, log, replays)
+            give_back(block.device)  # the forward's short-lived tensors, before the solver's
             for group in stage:
                 _solve_group(block, group, schemes, statistics[group[0]], log)
             for name in stage[0] if len(stage) == 1 else ():
                 replays.settle(name)
         for name in idle:
             _solve_group(block, [name], schemes, None, log)
-        expert_statistics = _observe_experts(block, experts, schemes, log) if experts else {}
+        expert_statistics = observe_experts(block, experts, schemes, log) if experts else {}
         for name in experts:
             solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
         if not block.is_last:
             block.advance()
+
+
+def _smooth(
+    block: Block, groups: list[list[str]], idle: list[str], schemes: dict[str, QuantScheme], log: LayerLog
+) -> None:
+    busy = [group for group in groups if group[0] not in idle]
+    rewritten = smooth_block(block, busy, schemes, log.scale_dtype)
+    log.rewritten |= {f"{block.name}.{name}" for name in rewritten}
 
 
 def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -> None:
@@ -188,69 +230,18 @@ def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -
         steps = [[[name] for group in step for name in group] for step in steps]
     with keeping_decoded(), twin.replaying(endings):
         for step in steps:
-            statistics = _observe_twin(twin, step, idle, schemes, log)
-            give_back()  # the forwards' short-lived tensors, before the solver's
+            statistics = observe_twin(twin, step, idle, schemes, log)
+            give_back(block.device)  # the forwards' short-lived tensors, before the solver's
             for group in step:
                 _solve_group(block, group, schemes, statistics.get(group[0]), log)
             for name in step[0] if len(step) == 1 else ():
                 twin.settle(name)
-        expert_statistics = _observe_experts(block, experts, schemes, log) if experts else {}
+        expert_statistics = observe_experts(block, experts, schemes, log) if experts else {}
         for name in experts:
             solve_experts(block.module, block.name, name, schemes[name], expert_statistics[name], log)
         if not block.is_last:
             block.advance()
             twin.clean.advance()
-
-
-def _observe_twin(
-    twin: Twin, groups: list[list[str]], idle: list[str], schemes: dict[str, QuantScheme], log: LayerLog
-) -> dict[str, Statistics]:
-    """Statistics of each group's input in both streams, by its first linear."""
-    block = twin.noisy
-    held_out = block.batches // HELD_OUT if log.recipe.method == "chosen" else 0
-    leads = [group[0] for group in groups if group[0] not in idle]
-    statistics: dict[str, Statistics] = {}
-    for name in leads:
-        linear = cast("nn.Linear", block.module.get_submodule(name))
-        statistics[name] = _twin_statistics(linear, schemes[name], name in twin.sources, log)
-        if held_out:
-            statistics[name].held_out = _twin_statistics(linear, schemes[name], name in twin.sources, log)
-
-    def receive(name: str, batch: int, clean: Seen, noisy: Seen) -> None:
-        observed = statistics[name]
-        if batch >= block.batches - held_out and observed.held_out is not None:
-            observed = observed.held_out
-        try:
-            read = observed.as_read(noisy.x)
-            weighted = partial(_weighted, log, f"{block.name}.{name}", batch)
-            x = weighted(read)
-            observed.update(noisy.x, x)
-            if observed.shift is not None:
-                observed.shift.update(weighted(observed.turned(clean.x) - read), x)
-            if observed.residual is not None and clean.residual is not None and noisy.residual is not None:
-                observed.residual.update(weighted(clean.residual - noisy.residual), x)
-        except InputError as error:
-            raise InputError(f"the input of {block.name}.{name}: {error}") from error
-
-    if leads:
-        twin.observe(leads, receive, groups[0] if len(groups) == 1 else ())
-    return statistics
-
-
-def _weighted(log: LayerLog, name: str, batch: int, x: Tensor) -> Tensor:
-    """x [..., K] times the square root of each token's weight; x itself where tokens are alike."""
-    if name not in log.sensed:
-        return x
-    return x * log.sensed[name].tokens[batch].sqrt().to(x.device).view(*x.shape[:-1], 1)
-
-
-def _twin_statistics(linear: nn.Linear, scheme: QuantScheme, writes_residual: bool, log: LayerLog) -> Statistics:
-    device = linear.weight.device
-    observed = log.statistics(linear.in_features, scheme, device, rotation_of(linear))
-    observed.shift = CrossMoment(linear.in_features, linear.in_features, device)
-    if writes_residual:
-        observed.residual = CrossMoment(linear.out_features, linear.in_features, device)
-    return observed
 
 
 def _stages(groups: list[list[str]]) -> list[list[list[str]]]:
@@ -265,67 +256,6 @@ def _solve_group(
     for scheme in dict.fromkeys(schemes[name] for name in group):
         names = [name for name in group if schemes[name] == scheme]
         solve_linears(block.module, block.name, names, scheme, observed, log)
-
-
-def _observe_linears(
-    block: Block, stage: list[list[str]], schemes: dict[str, QuantScheme], log: LayerLog, replays: Replays
-) -> dict[str, Statistics]:
-    """Statistics of the stage's inputs, by the first linear of each group, in one pass over the batches."""
-    device = next(block.module.parameters()).device
-    statistics = {}
-    with ExitStack() as hooks:
-        for group in stage:
-            linear = block.module.get_submodule(group[0])
-            width, scheme = cast("nn.Linear", linear).in_features, schemes[group[0]]
-            statistics[group[0]] = log.statistics(width, scheme, device, rotation_of(linear))
-            kept = group if len(stage) == 1 else []  # in a longer stage later inputs are not final
-            hook = _watch(statistics[group[0]], f"{block.name}.{group[0]}", kept, replays, group is stage[-1])
-            hooks.callback(linear.register_forward_pre_hook(hook).remove)
-        block.run()
-    return statistics
-
-
-def _observe_experts(
-    block: Block, experts: list[str], schemes: dict[str, QuantScheme], log: LayerLog
-) -> dict[str, dict[int, Statistics]]:
-    """Statistics of the tokens that reach each expert, in one pass over the batches."""
-    device = next(block.module.parameters()).device
-    statistics: dict[str, dict[int, Statistics]] = {name: {} for name in experts}
-    shapes = {name: block.module.get_parameter(name).shape for name in experts}
-
-    def receive(seen: ExpertInput) -> None:
-        if seen.name not in shapes:
-            return
-        if seen.in_axis != 2:
-            raise InputError(
-                f"the experts {block.name}.{seen.name} are stored transposed; leave them out with --ignore"
-            )
-        by_expert = statistics[seen.name]
-        if seen.expert not in by_expert:
-            by_expert[seen.expert] = log.statistics(shapes[seen.name][2], schemes[seen.name], device)
-        by_expert[seen.expert].update(seen.x)
-
-    with expert_inputs(block.module, receive):
-        block.run()
-    return statistics
-
-
-def _watch(
-    observed: Statistics, name: str, kept: Sequence[str], replays: Replays, ends_forward: bool
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that updates `observed`, keeps the input of the linears `kept`, and may end the forward."""
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        try:
-            observed.update(args[0])
-        except InputError as error:
-            raise InputError(f"the input of {name}: {error}") from error
-        for linear in kept:
-            replays.keep(linear, args[0])
-        if ends_forward:
-            raise StopForward
-
-    return hook
 
 
 def batched(ids: Tensor, tokens: int = 2048) -> Iterator[Tensor]:

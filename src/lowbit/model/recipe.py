@@ -1,19 +1,21 @@
 """A recipe: which numbers (scheme), found how (method), where they differ (rules).
 
     rtn          nearest code, scales from the smallest and largest weight; needs no data
-    rtn-clip     nearest code, scales by clip search on |error|^2.4; needs no data
+    rtn-clip     nearest code, scales by clip search on |error|^2.4, or another power; needs no data
     hqq          nearest code, scales by half-quadratic splitting for |error|^0.7 (algorithms/hqq.py); needs no data
     rtn-weighted nearest code, scales by clip search weighted with the inputs' mean squares
     gptq         error feedback on the second moment of the inputs, scales searched under its diagonal
     awq          rtn-weighted after smoothing for the weights (algorithms/smooth.py, model/fold.py)
     smooth       gptq after smoothing for activations in few bits
+    gptaq        gptq that answers the errors of its inputs column by column (algorithms/gptaq.py)
+    qronos       gptq on the weights that fit its inputs best, first column by first column (algorithms/gptaq.py)
     aligned      gptq, aimed at what the original model computes (algorithms/correction.py), then polished
     chosen       several aligned candidates, each row by the best of them on tokens that no candidate saw
     rotate       aligned, after rotations of the residual stream, of heads and of layers' inputs (model/rotate.py)
     learned      aligned, then rounding, scales and norms learned by the gradient of KL (model/learn.py)
 
-Written METHOD:SCHEME, as in "gptq:w4a16-g64". `--effort` names a rung of EFFORTS instead of a method, and then the
-result is compared with that of the rung below (effort.py).
+Written METHOD:SCHEME, as in "gptq:w4a16-g64". `--effort` names a rung instead of a method (model/efforts.py), and
+then the result is compared with those of the rungs below (effort.py).
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,7 @@ from lowbit.algorithms.blocks import is_blocks
 from lowbit.algorithms.correction import Correction
 from lowbit.algorithms.gptq import GptqOptions
 from lowbit.algorithms.joint import Joint
+from lowbit.algorithms.scales import ScaleSearch
 from lowbit.errors import InputError, SchemeError
 from lowbit.model.learn import Learning
 from lowbit.model.rotation import Rotation
@@ -30,17 +33,18 @@ from lowbit.model.sensitivity import Sensitivity
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.ranges import OBSERVERS
 
-METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", "rotate", "aligned", "chosen", "learned")
-ALIGNED_METHODS = ("rotate", "aligned", "chosen", "learned")
+SHIFT_METHODS = ("gptaq", "qronos")  # use E[(x - x~) x~^T] in the solver, not in a correction before it
+ALIGNED_METHODS = (*SHIFT_METHODS, "rotate", "aligned", "chosen", "learned")
 SMOOTHING_METHODS = ("awq", "smooth")
-MOMENT_METHODS = ("rtn-weighted", "gptq", *SMOOTHING_METHODS, *ALIGNED_METHODS)
+METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", *ALIGNED_METHODS)
+HESSIAN_METHODS = ("gptq", "smooth", *ALIGNED_METHODS)  # solve under the whole second moment
+MOMENT_METHODS = ("rtn-weighted", "awq", *HESSIAN_METHODS)  # awq and rtn-weighted use its diagonal
 POLISH = 3  # rounds; 6 gained 1 % more (docs/log-accuracy.md)
-EFFORTS = ("rtn", "rtn-weighted", "aligned", "chosen", "learned")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `lowbit.quantize` does to a model. observer finds the ranges of static activations.
+    """What `lowbit.quantize` does to a model. observer finds the ranges of static activations; clip: rtn-clip's search.
 
     effort: the rung that was asked for, None where a method was named. Methods that need a correction or learning get
     the usual one where none is given.
@@ -50,6 +54,7 @@ class Recipe:
     method: str = "gptq"
     rules: tuple[Rule, ...] = ()
     observer: str = "mse"
+    clip: ScaleSearch = field(default_factory=lambda: ScaleSearch(norm=2.4))  # the exponent of GPTQ's --mse search
     gptq: GptqOptions = field(default_factory=GptqOptions)
     correction: Correction | None = None
     learning: Learning | None = None
@@ -89,8 +94,9 @@ class Recipe:
             )
 
         if self.method in ALIGNED_METHODS and self.correction is None:
-            object.__setattr__(self, "correction", Correction())
-            object.__setattr__(self, "gptq", replace(self.gptq, polish=self.gptq.polish or POLISH))
+            plain = self.method in SHIFT_METHODS
+            object.__setattr__(self, "correction", Correction(1.0, 0.0) if plain else Correction())
+            object.__setattr__(self, "gptq", replace(self.gptq, polish=0 if plain else self.gptq.polish or POLISH))
         if self.method == "rotate" and self.rotation is None:
             few = any(scheme.activations is not None for scheme in schemes)
             object.__setattr__(self, "rotation", Rotation(online="down" if few else "none"))
@@ -100,22 +106,8 @@ class Recipe:
                 "nf4 and fp4 are written as bitsandbytes writes them, which has no form for inputs that turn at run "
                 'time; use Rotation(online="none")'
             )
-        if self.method == "learned" and self.rotation is not None:
-            raise InputError("learned does not work on a rotated model yet; use --method rotate or aligned")
         if self.method == "learned" and self.learning is None:
             object.__setattr__(self, "learning", Learning())
-
-    @classmethod
-    def at_effort(
-        cls, scheme: QuantScheme, effort: int, rules: tuple[Rule, ...] = (), observer: str = "mse"
-    ) -> "Recipe":
-        """The recipe of rung 0 to 4. nf4, fp4 and fp8 have one rung, rounding. Raises InputError."""
-        if not 0 <= effort < len(EFFORTS):
-            raise InputError(
-                f"there is no effort {effort}; choose one of 0 to {len(EFFORTS) - 1}: {', '.join(EFFORTS)}"
-            )
-        effort = effort if scheme.weights.format.kind == "int" else 0
-        return cls(scheme, EFFORTS[effort], rules, observer, effort=effort)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.algorithms.rotate import rotate_columns, rotate_rows
-from lowbit.errors import InputError
+from lowbit.errors import MethodError
 from lowbit.model.aligned import residual_sources
-from lowbit.model.fold import find_writer
+from lowbit.model.fold import find_writer, in_float32
 from lowbit.model.rotate_inputs import head_size, queries_per_value, turn_heads, turn_inputs
 from lowbit.model.rotation import Rotated, Rotation, close, output_of, parameters_of, weight_of
 from lowbit.numerics.hadamard import Hadamard
@@ -37,7 +37,7 @@ def rotate_model(
 ) -> Rotated:
     """Rotate `model` in place; chosen: the names of linears that will be quantized; ids [b, T]: tokens to check on.
 
-    Raises InputError where a rotation does not apply to this model, with the reason; the model is spoilt then.
+    Raises MethodError where a rotation does not apply to this model, with the reason; the model is spoilt then.
     """
     device = next(model.parameters()).device
     tokens = _tokens(model, ids)
@@ -54,23 +54,24 @@ def rotate_model(
     with BlockStream(model, [tokens], device, device) as stream:
         name = stream.name
         for block in stream:
-            linears = [n for n, part in block.module.named_modules() if isinstance(part, nn.Linear)]
-            writers = list(residual_sources(block, linears))
-            if turn is not None:
-                _turn_block(block, linears, writers, turn, done)
-            if options.heads:
-                heads = Hadamard.of(head_size(model), seed=options.seed)
-                pairs |= turn_heads(block, linears, writers, heads, queries_per_value(model), done)
-            turn_inputs(block, linears, writers, set(pairs.values()), options, chosen, done)
+            with in_float32(block):
+                linears = [n for n, part in block.module.named_modules() if isinstance(part, nn.Linear)]
+                writers = list(residual_sources(block, linears))
+                if turn is not None:
+                    _turn_block(block, linears, writers, turn, done)
+                if options.heads:
+                    heads = Hadamard.of(head_size(model), seed=options.seed)
+                    pairs |= turn_heads(block, linears, writers, heads, queries_per_value(model), done)
+                turn_inputs(block, linears, writers, set(pairs.values()), options, chosen, done)
     done.heads = len(pairs)
     if turn is not None:
         _turn_head(model, name, turn, done)
     after = model(input_ids=tokens.to(device), use_cache=False).logits
     if not close(after, before):
-        raise InputError(
+        raise MethodError(
             f"rotations do not apply to {type(model).__name__}: its logits change by "
             f"{float((after - before).norm() / before.norm()):.2g}; something between embedding and head is not turned "
-            "alike. Use a method without rotation, or Rotation(residual=False, heads=False)"
+            "alike. Use --method aligned, or Rotation(residual=False, heads=False)"
         )
     return done
 
@@ -83,7 +84,7 @@ def _tokens(model: PreTrainedModel, ids: Tensor | None) -> Tensor:
 
 
 def _check_norms(model: PreTrainedModel, width: int) -> None:
-    """Raise InputError for a norm of the residual stream that subtracts the mean: it does not turn."""
+    """Raise MethodError for a norm of the residual stream that subtracts the mean: it does not turn."""
     for name, part in model.named_modules():
         weight = getattr(part, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.shape[0] != width:
@@ -91,9 +92,9 @@ def _check_norms(model: PreTrainedModel, width: int) -> None:
         x = torch.linspace(-1, 2, width, device=weight.device, dtype=weight.dtype)[None]
         norm: Any = part
         if torch.allclose(norm(x), norm(x + 5), atol=1e-3):
-            raise InputError(
+            raise MethodError(
                 f"{name} subtracts the mean of the residual stream, which therefore can't be rotated; use "
-                'Rotation(residual=False, heads=False, online="all"), or a method without rotation'
+                'Rotation(residual=False, heads=False, online="all"), or --method aligned'
             )
 
 
@@ -104,7 +105,7 @@ def _untie(model: PreTrainedModel, done: Rotated) -> None:
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None:
-        raise InputError(f"{type(model).__name__} has no head that could be rotated; use Rotation(residual=False)")
+        raise MethodError(f"{type(model).__name__} has no head that could be rotated; use Rotation(residual=False)")
     own = copy.copy(head)
     own._parameters = dict(head._parameters)
     own.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
@@ -116,7 +117,7 @@ def _untie(model: PreTrainedModel, done: Rotated) -> None:
 
 
 def _turn_block(block: Block, linears: list[str], writers: list[str], turn: Hadamard, done: Rotated) -> None:
-    """R1 in one block, whose input is turned already. Raises InputError where its output does not turn."""
+    """R1 in one block, whose input is turned already. Raises MethodError where its output does not turn."""
     before = output_of(block, turn)
     for group in input_groups(block, linears).groups:
         norm = find_writer(block, group, ())
@@ -137,10 +138,10 @@ def _turn_block(block: Block, linears: list[str], writers: list[str], turn: Hada
             done.rewritten |= {f"{block.name}.{name}.{kind}"}
     after = output_of(block)
     if not close(after, turn.apply(before)):
-        raise InputError(
+        raise MethodError(
             f"the residual stream of {block.name} can't be rotated: a norm there has a gain between a linear and the "
             "stream, or something else than linears reads its norms (a router, experts). Use "
-            'Rotation(residual=False, heads=False, online="all"), or a method without rotation'
+            'Rotation(residual=False, heads=False, online="all"), or --method aligned'
         )
 
 
@@ -156,7 +157,7 @@ def _turn_head(model: PreTrainedModel, blocks: str, turn: Hadamard, done: Rotate
         if isinstance(getattr(part, "weight", None), Tensor) and part.weight.shape == (turn.size,)
     ]
     if len(norms) != 1:
-        raise InputError(
+        raise MethodError(
             f"{type(model).__name__} has {len(norms)} norms outside its blocks, so lowbit can't tell the last one; use "
             "Rotation(residual=False)"
         )

@@ -1,15 +1,16 @@
 """What the parts of a model's rotation share: what is asked for, what was done, how a block is run and compared."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
-from lowbit.model.fold import TOLERANCE
+from lowbit.model import fold
+from lowbit.model.fold import is_close
 from lowbit.numerics.hadamard import Hadamard
-from lowbit.observe.blocks import Block, hidden_states
+from lowbit.observe.blocks import Block
 
 ONLINE = ("none", "down", "writers", "all")
 
@@ -46,19 +47,15 @@ class Rotated:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    bound = 4 * TOLERANCE if torch.finfo(a.dtype).eps < 1e-4 else 64 * TOLERANCE
-    return bool((a.float() - b.float()).norm() <= bound * b.float().norm())
+    return is_close(a, b, factor=4)
 
 
 def output_of(block: Block, rotation: Hadamard | None = None) -> Tensor:
     """The block's output on the tokens; its input is turned back by `rotation` first."""
-    args, kwargs = block.arguments(0)
-    if rotation is not None:
-        args, kwargs = _turned_back(args, kwargs, rotation)
-    return hidden_states(block.module(*args, **kwargs))
+    return fold.output_of(block, None if rotation is None else partial(_turned_back, rotation))
 
 
-def _turned_back(args: tuple, kwargs: dict[str, Any], rotation: Hadamard) -> tuple[tuple, dict[str, Any]]:
+def _turned_back(rotation: Hadamard, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments with the hidden states, the first tensor among them, turned back."""
     for place, value in enumerate(args):
         if isinstance(value, Tensor):

@@ -13,6 +13,7 @@
     weight_zero    the same, float32              input_seen    [], training forwards so far
 
 A recomputed forward (gradient checkpointing) is not counted. `quantized()` gives the QuantLinear with the same numbers.
+A layer that rotates its input at run time, as QuantLinear can, does so first.
 """
 
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lowbit.kernels.ops import fake_activations, fake_weight
+from lowbit.kernels.ops import fake_activations, fake_weight, rotate
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.affine import choose_scale, encode, value_range
 from lowbit.numerics.fake import fake_quantize, range_grid, stored_grid
+from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
 
@@ -58,6 +60,7 @@ class FakeQuantLinear(nn.Linear):
     input_low: Tensor
     input_high: Tensor
     input_seen: Tensor
+    rotation: Hadamard | None = None
 
     def __init__(self, layer: nn.Linear, scheme: QuantScheme, options: FakeOptions, grid: tuple[Tensor, Tensor | None]):
         """Takes over layer's parameters. grid: scale and zero to begin with, from any solver (affine.py's shapes)."""
@@ -113,6 +116,8 @@ class FakeQuantLinear(nn.Linear):
         """x [..., K] -> [..., N] in x's dtype, or autocast's."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if self.rotation is not None:
+            x = rotate(x, self.rotation)
         return linear(self.fake_input(x), self.fake_weight(dtype), self.bias)
 
     def fake_input(self, x: Tensor) -> Tensor:
@@ -149,10 +154,12 @@ class FakeQuantLinear(nn.Linear):
         scale, zero = stored_grid(*self.weight_grid(), weights, self.scale_dtype)
         packed = PackedWeight.from_codes(encode(self.weight, scale, zero, weights), scale, zero, self.scheme)
         input_scale, input_zero = self.input_grid(self.scale_dtype) if self.watches else (None, None)
-        return QuantLinear.from_packed(packed, self.bias, input_scale, input_zero).train(self.training)
+        layer = QuantLinear.from_packed(packed, self.bias, input_scale, input_zero, self.rotation)
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
+        text = f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
+        return text if self.rotation is None else f"{text}, rotation={self.rotation}"
 
 
 def _recomputing() -> bool:

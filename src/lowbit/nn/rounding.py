@@ -2,11 +2,10 @@
 
     w^ = (round(clamp(u + v)) - zero) scale gain        v [N, K] and gain (in scale's shape) are parameters
 
-u is w / scale + zero, moved into the cell of the code that a solver chose: with v = 0 and gain = 1 this is the solved
-layer, and |v| < 1/2 reaches the neighbouring codes (SignRound, arXiv:2309.05516, there around plain rounding). `spread`
-draws u to the middle of its cell, at 0 all the way: then a code moves only when v has gone half a step one way, that is
-when gradients agreed for long, instead of at the first step wherever u lies beside an edge. The gradient passes
-straight through the rounding, and is zero where u + v leaves the grid.
+u is the code that a solver chose: with v = 0 and gain = 1 this is the solved layer, and a code moves to its neighbour
+when v has gone half a step one way, that is when gradients agreed for long. (SignRound, arXiv:2309.05516, begins where
+the float weight lies between codes, and so beside an edge with many.) The gradient passes straight through the
+rounding, and is zero where u + v leaves the grid. The scale of static activations is learned too, by LSQ's gradient.
 """
 
 from typing import Any, cast
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lowbit.kernels.ops import fake_activations, rotate
 from lowbit.nn.linear import QuantLinear
-from lowbit.numerics.affine import choose_scale, decode, encode, per_element, round_to, value_range
+from lowbit.numerics.affine import per_element, round_to
+from lowbit.numerics.fake import fake_quantize
 from lowbit.optional import installed, late
 from lowbit.tensors import PackedWeight
-
-EDGE = 0.495  # how near to the edge of its code's cell u may lie
 
 
 class _Fused(torch.autograd.Function):
@@ -42,13 +41,13 @@ class _Fused(torch.autograd.Function):
 
 
 class RoundingLinear(nn.Module):
-    """Stands in for `layer` while it is learned. w [N, K]: the weights that its codes should stand for."""
+    """Stands in for `layer`, whose weights and static activations are integers, while it is learned."""
 
     scale: Tensor
     zero: Tensor | None
     u: Tensor
 
-    def __init__(self, layer: QuantLinear, w: Tensor, spread: float = 1.0) -> None:
+    def __init__(self, layer: QuantLinear) -> None:
         super().__init__()
         packed = layer.packed
         assert isinstance(packed.scale, Tensor)
@@ -57,12 +56,13 @@ class RoundingLinear(nn.Module):
         # packed zero-points come as a view of their transpose, whose strides a copy to another dtype keeps
         self.register_buffer("scale", packed.scale.float().contiguous())
         self.register_buffer("zero", None if zero is None else zero.float().contiguous())
-        self.input_grid = (layer._buffers.get("input_scale"), layer._buffers.get("input_zero_point"))
-        q = packed.q().float()
-        u = w.detach().float() / self._wide(self.scale) + (0 if self.zero is None else self._wide(self.zero))
-        self.register_buffer("u", (q + spread * (torch.clamp(u, q - EDGE, q + EDGE) - q)).contiguous())
+        self.register_buffer("u", packed.q().float().contiguous())
+        self.rotation = layer.rotation
+        self.input_scale, self.input_zero = layer._buffers.get("input_scale"), layer._buffers.get("input_zero_point")
+        static = self.input_scale is not None
+        self.input_gain = nn.Parameter(torch.ones(1, device=self.u.device)) if static else None
         by_rows = self.scheme.weights.granularity in ("group", "channel")
-        self.fuses = by_rows and u.is_cuda and installed("triton")
+        self.fuses = by_rows and self.u.is_cuda and installed("triton")
         self.v = nn.Parameter(torch.zeros_like(self.u))
         self.gain = nn.Parameter(torch.ones_like(self.scale))
 
@@ -90,15 +90,27 @@ class RoundingLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; x is rounded on the way where the scheme says so."""
-        activations = self.scheme.activations
-        if activations is not None:
-            fixed, seen = x.detach(), value_range(x.detach(), activations)
-            static, zero = self.input_grid
-            scale, zero = (static, zero) if static is not None else choose_scale(*seen, activations, x.dtype)
-            rounded = decode(encode(fixed, scale, zero, activations), scale, zero, activations)
-            x = x + (rounded.to(x.dtype) - x).detach()
+        if self.rotation is not None:
+            x = rotate(x, self.rotation)
+        if self.input_gain is not None:
+            x = self._static(x)
+        elif self.scheme.activations is not None:
+            x = fake_activations(x, self.scheme)
         autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
         return linear(x, self.weight_now(torch.get_autocast_dtype("cuda") if autocast else x.dtype), self.bias)
+
+    def _input_scale(self) -> Tensor:
+        assert self.input_scale is not None
+        assert self.input_gain is not None
+        return self.input_scale.float() * self.input_gain
+
+    def _static(self, x: Tensor) -> Tensor:
+        """x under the learned grid of static activations, in x's dtype."""
+        activations, zero = self.scheme.activations, self.input_zero
+        assert activations is not None
+        assert self.input_scale is not None
+        shift = None if zero is None else zero.float()
+        return fake_quantize(x, self._input_scale(), shift, activations, self.input_scale.dtype).to(x.dtype)
 
     @torch.no_grad()
     def solved(self) -> QuantLinear:
@@ -106,4 +118,5 @@ class RoundingLinear(nn.Module):
         q = round_to(self._codes(), self.scheme.weights.format)
         zero = None if self.zero is None else self.zero.to(torch.int8)
         packed = PackedWeight.from_codes(q, self._scale().to(self.scale_dtype), zero, self.scheme)
-        return QuantLinear.from_packed(packed, self.bias, *self.input_grid)
+        static = self._input_scale().to(self.input_scale.dtype) if self.input_scale is not None else None
+        return QuantLinear.from_packed(packed, self.bias, static, self.input_zero, self.rotation)

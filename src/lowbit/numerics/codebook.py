@@ -84,6 +84,13 @@ def _dynamic_levels(signed: bool, bits: int) -> tuple[float, ...]:
     return tuple(sorted([*positive, *((-level for level in positive) if signed else ()), 0.0, 1.0]))
 
 
+def state_levels(bits: int, signed: bool) -> Tensor:
+    """The ascending levels of an optimizer's state (train/states.py), float32 [2^bits]."""
+    if bits == 4 and not signed:
+        return torch.arange(1, 17, dtype=torch.float32) / 16
+    return dynamic_map(signed, bits)
+
+
 def zero_code(levels: Tensor) -> int:
     """The first code that stands for zero: what fills the spare nibble of an odd number of codes."""
     return int((levels == 0).nonzero()[0])

@@ -8,6 +8,8 @@ A scheme with `searched` tries a few scales for each token or block and keeps th
     integers    the range times 1, 0.9, 0.8, 0.7, 0.6: rare large values are clipped where that serves the others
     nvfp4       the largest value on level 6 or on level 4 (Four Over Six, arXiv:2512.02010)
     mxfp4       the two exponents around the largest value
+
+Under LLM.int8() (arXiv:2208.07339, section 3.2) columns with a value of `outlier` or more stay as they are.
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from lowbit.numerics import microscale
 from lowbit.numerics.affine import choose_scale, decode, encode, group_view, value_range
 from lowbit.numerics.scheme import TensorScheme
 
+INT8_LARGEST = 127.0
 SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the range of a token in few bits
 
 
@@ -29,6 +32,8 @@ def round_activations(
 
     For nvfp4 static_scale is the calibrated divisor. K must be a multiple of the scheme's group.
     """
+    if scheme.outlier:
+        return _round_inliers(x, scheme.outlier)
     if scheme.format.bits == 4 and scheme.format.kind == "float":
         return _round_blocks(x, scheme, static_scale)
     if static_scale is not None:
@@ -49,6 +54,16 @@ def dynamic_scale(x: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor | Non
     chosen = torch.stack(errors).argmin(0, keepdim=True)
     zeros = [zero for _, zero in candidates if zero is not None]
     return _taken([scale for scale, _ in candidates], chosen), _taken(zeros, chosen) if zeros else None
+
+
+def _round_inliers(x: Tensor, threshold: float) -> Tensor:
+    """x [M, K]; columns that reach the threshold are kept, others rounded to int8, a token's scale by its inliers."""
+    bound = torch.finfo(torch.float16).max
+    half = x.clamp(-bound, bound).to(torch.float16).float()  # as bitsandbytes compares and rounds
+    is_outlier = half.abs() >= threshold
+    inliers = half.masked_fill(is_outlier, 0)
+    scale = (inliers.abs().amax(-1, keepdim=True) / INT8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(is_outlier.flatten(0, -2).any(0), x.float(), (inliers / scale).round() * scale)
 
 
 def _trip(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:

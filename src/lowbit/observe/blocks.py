@@ -12,15 +12,17 @@ Whenever a caller's code runs, the model is whole; only the current block may be
 """
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
-from lowbit.observe.capture import StopForward, block_arguments, find_blocks, mapped, moved
+from lowbit.observe.capture import StopForward, block_arguments, blocks_answering, find_blocks, mapped, moved
 
 _CPU = torch.device("cpu")
+HIDDEN = torch.empty(0)  # stands for the hidden states in arguments that are kept
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -31,7 +33,7 @@ def hidden_states(output: Any) -> Tensor:
 class Block:
     """One decoder block on the stream's device: index, name ("model.layers.3") and module, which may be changed.
 
-    batch is the number of the batch that is being forwarded.
+    batch is the number of the batch that is being forwarded; dtype that of its arguments, None: the model's own.
     """
 
     def __init__(self, stream: "BlockStream", index: int) -> None:
@@ -40,6 +42,7 @@ class Block:
         self.name = f"{stream.name}.{index}"
         self.module = stream.blocks[index]
         self.batch = 0
+        self.dtype: torch.dtype | None = None
         self.advanced = False
 
     @property
@@ -76,7 +79,10 @@ class Block:
     def arguments(self, batch: int) -> tuple[tuple, dict[str, Any]]:
         """The positional and keyword arguments of this block for one batch, on the stream's device."""
         assert not self.advanced, f"{self.name} has advanced: its inputs have been replaced by its outputs"
-        return self._stream.arguments(self.index, batch)
+        arguments, dtype = self._stream.arguments(self.index, batch), self.dtype
+        if dtype is None:
+            return arguments
+        return mapped(arguments, lambda part: part.to(dtype) if part.is_floating_point() else part)
 
     def run(self, on_batch: Callable[[int], None] | None = None) -> None:
         """Forward every batch for the sake of hooks; the outputs are dropped, and a hook may raise StopForward.
@@ -101,6 +107,13 @@ class Block:
                 output = self.module(*args, **kwargs)
             yield hidden_states(output)
 
+    def later_blocks_only(self, batch: int) -> AbstractContextManager[None]:
+        """Inside, the model's own forward of this batch begins here: the blocks before answer with what they returned.
+
+        A model whose blocks write into mappings that later ones read runs in full.
+        """
+        return self._stream.without_previous(self.index, batch)
+
     def advance(self) -> None:
         """Forward every batch and make the outputs the next block's inputs. No other method works afterwards."""
         for batch in self._batches():
@@ -119,6 +132,26 @@ def _into(old: Any, new: Any, device: torch.device) -> Any:
     if type(old) is type(new) is tuple and len(old) == len(new):
         return tuple(_into(*pair, device) for pair in zip(old, new, strict=True))
     return moved(new, device)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether value is made of nothing but tensors, numbers, words, None, and tuples, lists and plain dicts of them."""
+    if type(value) is dict:
+        return all(_is_plain(item) for item in value.values())
+    if type(value) in (tuple, list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
+
+
+def _copied(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of what is plain, function applied to its tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _copied(item, function) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_copied(item, function) for item in value)
+    return value
 
 
 def _written(mapping: MutableMapping, before: dict) -> dict:
@@ -153,6 +186,10 @@ class BlockStream:
         self._home = next(model.parameters()).device
         self._stored: list[Any] = [None] * len(batches)  # the latest block's output, as it returned it
         self._shared: list[dict[str, dict]] = [{} for _ in batches]  # what blocks wrote into mappings they share
+        # a block's arguments are asked for at each of its stages: a CPU's forwards take 50 times as long as the asking,
+        # but a GPU would wait for it
+        self.remembers = hidden_device.type == "cuda"
+        self._known: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}  # arguments, by block and batch
         self._current: Iterator[Block] | None = None
 
     def __len__(self) -> int:
@@ -161,6 +198,7 @@ class BlockStream:
     def __iter__(self) -> Iterator[Block]:
         self._stored = [None] * len(self.batches)
         self._shared = [{} for _ in self.batches]
+        self._known = {}
         self._current = self._iterate()
         return self._current
 
@@ -189,14 +227,43 @@ class BlockStream:
         for name, entries in written.items():
             self._shared[batch].setdefault(name, {}).update(moved(entries, self.hidden_device))
 
+    def without_previous(self, index: int, batch: int) -> AbstractContextManager[None]:
+        """The model with stand-ins for the blocks before `index`, for the time of the context."""
+        if self._shared[batch]:
+            return nullcontext()
+        previous = moved(self._stored[batch], self.device)
+        return blocks_answering(self._model, self.name, index, lambda *_, **__: mapped(previous, Tensor.clone))
+
     def arguments(self, index: int, batch: int) -> tuple[tuple, dict[str, Any]]:
         """What the model's forward gives block `index` for one batch, on the stream's device."""
         previous = mapped(self._stored[batch], Tensor.clone)  # a copy: a block may change its input in place
+        if (known := self._known.get((index, batch))) is not None and isinstance(previous, Tensor):
+            return _copied(known, lambda tensor: previous if tensor is HIDDEN else tensor.clone())
         tokens = self.batches[batch].to(self._home)
         args, kwargs = block_arguments(self._model, self.name, index, tokens, previous)
         for name, entries in self._shared[batch].items():
             kwargs[name].update(entries)
-        return moved(args, self.device), moved(kwargs, self.device)
+        found = moved(args, self.device), moved(kwargs, self.device)
+        if self.remembers and isinstance(previous, Tensor):
+            self._remember(index, batch, found, previous)
+        return found
+
+    def _remember(self, index: int, batch: int, found: tuple[tuple, dict[str, Any]], previous: Tensor) -> None:
+        """Keep what block `index` gets beside its hidden states, if it is plain and small."""
+        if self._known and next(iter(self._known))[0] != index:
+            self._known = {}
+        sizes: list[int] = []
+
+        def kept(tensor: Tensor) -> Tensor:
+            if tensor is previous:
+                return HIDDEN
+            sizes.append(tensor.nbytes)
+            return tensor.clone()
+
+        if _is_plain(found):
+            plain = _copied(found, kept)
+            if sum(sizes) <= previous.nbytes:
+                self._known[index, batch] = plain
 
 
 def streams_exactly(model: nn.Module, tokens: Tensor) -> bool:

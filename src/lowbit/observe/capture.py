@@ -7,7 +7,7 @@ neither later blocks nor the head run. Stand-ins are in place only inside that o
 """
 
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -117,6 +117,16 @@ def block_arguments(model: nn.Module, name: str, index: int, tokens: Tensor, pre
         except _Captured as captured:
             return captured.args_of_block, captured.kwargs_of_block
     raise InputError(f"{type(model).__name__} does not run {name}.{index} in its forward, so it cannot be calibrated")
+
+
+def blocks_answering(
+    model: nn.Module, name: str, index: int, answer: Callable[..., Any]
+) -> AbstractContextManager[None]:
+    """The model whose blocks before `index`, of the list called name, answer so, for the time of the context."""
+    blocks = model.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)
+    stand_ins = [StandIn(block, answer) for block in blocks[:index]]
+    return _replaced(model, name, nn.ModuleList([*stand_ins, *blocks[index:]]))
 
 
 @contextmanager

@@ -57,6 +57,16 @@ class Tokens:
         return hashlib.sha256(self.ids.contiguous().numpy().astype("<i8", copy=False).tobytes()).hexdigest()
 
 
+def check_known(ids: Tensor, model: Any) -> None:
+    """Raise InputError for a token that a transformers model has no embedding of."""
+    known, largest = model.get_input_embeddings().weight.shape[0], int(ids.max())
+    if largest >= known:
+        raise InputError(
+            f"the tokenizer gives token {largest}, and {type(model).__name__} knows {known}: tokenizer and model do "
+            "not belong together; put the model's own tokenizer files into its folder"
+        )
+
+
 def packaged_text(name: Literal["calibration", "evaluation"]) -> str:
     """A text that ships with lowbit, from other works than its sibling; see texts/README.md."""
     return (files("lowbit") / "texts" / f"{name}.txt").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """The optimizer under every one of optim.py: a rule (rules.py) over states of few bits (states.py).
 
 States are decoded, stepped in float32 and encoded again. On CUDA all tensors of a step go through one launch of one
-kernel (kernels/cuda/optim.py); elsewhere, and for 4 bits, each tensor goes through torch.
+kernel (kernels/cuda/optim.py); elsewhere each tensor goes through torch.
 """
 
 import logging
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lowbit.errors import CheckpointError, InputError
-from lowbit.kernels.cuda.optim import KernelStep, Record, Scalars, step_all, step_refusal
+from lowbit.kernels.cuda.optim import KernelStep, Record, Scalars, Sent, step_all, step_refusal
 from lowbit.train.rules import Hyper, Rule
 from lowbit.train.states import ABSMAX, BLOCKS, check_state, decode_state, encode_state, layout
 
@@ -58,6 +58,7 @@ class BlockwiseOptimizer(Optimizer):
         self.rule, self.options, self.decoupled = rule, options, decoupled
         self._warned = False
         self._known: dict[Tensor, tuple[tuple[Any, ...], Record | None]] = {}
+        self._sent: Sent = {}
         super().__init__(params, defaults | {"bits": options.bits})
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class BlockwiseOptimizer(Optimizer):
                 else:
                     fused.append((record, scalars))
         if fused:
-            step_all(fused)
+            step_all(fused, self._sent)
         return loss
 
     def _hyper(self, group: dict[str, Any], step: int) -> Hyper:

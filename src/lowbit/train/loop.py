@@ -83,6 +83,8 @@ def train(
             f"a batch of {options.batch} windows was asked for, and the data hold {len(windows)}; give more text, "
             "shorter windows, or a smaller batch"
         )
+    if not options.seconds >= 0:
+        raise InputError(f"training was given {options.seconds} seconds; give more than 0, or 0 for no limit")
     clock = _Clock(options.seconds)
     device = next(model.parameters()).device
     base, losses, kept = [float(group["lr"]) for group in optimizer.param_groups], list[float](), None

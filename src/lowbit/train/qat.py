@@ -6,13 +6,14 @@
 
 Linears of the decoder blocks are chosen as `lowbit.quantize` chooses them; in a module without a config (a classifier)
 all of them are. `start` takes scales and zero-points, and the weights that go with them, from a model that a solver
-such as GPTQ quantized already: training then begins where it ended. Experts stored as one 3-D parameter are left alone,
-with a warning.
+such as GPTQ quantized already: training then begins where it ended. `reopen(quantized)` makes the quantized model
+itself trainable, with all that its method did elsewhere: biases that it corrected, norms that it folded, a residual
+stream and inputs that it rotated. Experts stored as one 3-D parameter are left alone, with a warning.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
 
@@ -68,6 +69,30 @@ def prepare(
     return model
 
 
+@torch.no_grad()
+def reopen(model: Model, options: QatOptions = QatOptions()) -> Model:
+    """`model` with every QuantLinear replaced by the FakeQuantLinear of the same numbers, in place.
+
+    Weights are float32 where options.fake.masters says so, else in the dtype of their scales. Static activations are
+    watched anew. Raises InputError where no layer is quantized, SchemeError where one is not on an integer grid.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not layers:
+        raise InputError("the model holds no quantized layer to train on: call lowbit.qat.prepare on a float model")
+    for name, layer in layers.items():
+        _check_integer(layer.scheme)
+        packed = layer.packed
+        assert isinstance(packed.scale, Tensor)
+        dtype = torch.float32 if options.fake.masters else packed.scale.dtype
+        plain = nn.Linear(layer.in_features, layer.out_features, False, "meta")
+        plain.weight, plain.bias = nn.Parameter(packed.dequantize(dtype)), layer.bias
+        fake = replace(options.fake, scale_dtype=options.fake.scale_dtype or packed.scale.dtype)
+        opened = FakeQuantLinear(plain, layer.scheme, fake, (packed.scale, packed.zero_points()))
+        opened.rotation = layer.rotation
+        _put(model, name, opened.train(layer.training))
+    return model
+
+
 def convert(model: Model) -> Model:
     """`model` with every FakeQuantLinear replaced by the QuantLinear that holds its numbers, in place.
 
@@ -110,12 +135,16 @@ def _schemes(model: nn.Module, scheme: QuantScheme, rules: Sequence[Rule]) -> di
     if not chosen:
         raise InputError("the model has no linear layer to train in low precision")
     for name, one in chosen.items():
-        if one.weights.format.kind != "int":
-            raise SchemeError(f"training learns integer grids, and {one} is none; choose one such as w4a16-g64")
+        _check_integer(one)
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         check_fits(one.weights, layer.in_features, name)
     return chosen
+
+
+def _check_integer(scheme: QuantScheme) -> None:
+    if scheme.weights.format.kind != "int":
+        raise SchemeError(f"training learns integer grids, and {scheme} is none; choose one such as w4a16-g64")
 
 
 def _initial_grid(w: Tensor, scheme: QuantScheme, options: QatOptions) -> tuple[Tensor, Tensor | None]:

@@ -19,13 +19,6 @@ BLOCKS = {8: 256, 4: 128}
 ABSMAX = "_absmax"
 
 
-def levels(bits: int, signed: bool) -> Tensor:
-    """The ascending levels of a state, float32 [2^bits]."""
-    if bits == 4 and not signed:
-        return torch.arange(1, 17, dtype=torch.float32) / 16
-    return codebook.dynamic_map(signed, bits)
-
-
 def layout(elements: int, bits: int) -> tuple[int, int]:
     """(bytes of codes, blocks) of a state of so many elements."""
     return -(-elements * bits // 8), -(-elements // BLOCKS[bits])
@@ -35,7 +28,9 @@ def decode_state(codes: Tensor, absmax: Tensor, elements: int, bits: int, signed
     """The state, float32 [elements]."""
     if bits == 4:
         codes = codebook.unpack_nibbles(codes, elements)
-    return codebook.decode_blocks(codes, absmax, levels(bits, signed), BLOCKS[bits], (elements,), torch.float32)
+    return codebook.decode_blocks(
+        codes, absmax, codebook.state_levels(bits, signed), BLOCKS[bits], (elements,), torch.float32
+    )
 
 
 def encode_state(state: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
@@ -43,7 +38,7 @@ def encode_state(state: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor
     flat = state.reshape(-1)
     if bits == 8:
         return codebook.encode_dynamic(flat, signed, gridded=not flat.is_cuda)
-    codes, absmax = codebook.encode_blocks(flat, levels(bits, signed), BLOCKS[bits])
+    codes, absmax = codebook.encode_blocks(flat, codebook.state_levels(bits, signed), BLOCKS[bits])
     return codebook.pack_nibbles(codes), absmax
 
 

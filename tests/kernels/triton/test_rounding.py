@@ -59,7 +59,7 @@ def _softened(scheme: str, fuses: bool) -> tuple[torch.nn.Module, torch.nn.Modul
     for name, layer in list(soft.named_modules()):
         if isinstance(layer, QuantLinear):
             parent, _, attribute = name.rpartition(".")
-            rounding = RoundingLinear(layer, original.get_submodule(name).get_parameter("weight"))
+            rounding = RoundingLinear(layer)
             rounding.fuses = fuses
             setattr(soft.get_submodule(parent), attribute, rounding)
     return original, solved.to(DEVICE), soft

@@ -1,6 +1,8 @@
-// One step of an optimizer with block-wise 8-bit states, over any number of tensors in one launch.
+// One step of an optimizer with block-wise states of 8 or 4 bits, over any number of tensors in one launch.
 //
-// A block is 256 elements of a tensor, and one warp's work: lane l takes elements 8l ... 8l+7.
+// 256 elements of a tensor are one warp's work: lane l takes elements 8l ... 8l+7. With 8 bits they are one block; with
+// 4 bits they are two blocks of 128, one for each half of the warp, and a lane's codes are 4 bytes, the first of each
+// pair in the high nibble.
 //
 //            p, g  bf16       m, v codes       absmax
 //    lane 0  |16 bytes each|  |8 bytes each|   one float per state and block, read by all lanes
@@ -9,7 +11,7 @@
 //    read    2 + 2 + 1 + 1 bytes an element, written 2 + 1 + 1, and 16/256 for the absmax: 10.06
 //
 // The grid is persistent: as many thread blocks as the device holds, each warp striding over all blocks of all tensors,
-// its next block's loads in flight while it works on the present one.
+// its next block's loads in flight while it works on the present one, and the block AHEAD of that one on its way to L2.
 //
 //    decode   level = levels[code] * absmax         256 floats in shared memory, REPLICAS copies: copy r serves the
 //                                                   lanes l = r mod REPLICAS, so 32 copies have no bank conflicts
@@ -25,102 +27,53 @@
 //
 // Tensors whose states are float32, tails and unaligned tensors go element by element (slow_block), in the same launch.
 //
-// Compile-time: RULE 0 adam, 1 lion, 2 momentum; PARAM 0 float32, 1 bfloat16, 2 float16; THREADS; REPLICAS.
+// Compile-time: BITS 8 or 4; RULE 0 adam, 1 lion, 2 momentum; PARAM 0 float32, 1 bfloat16, 2 float16; THREADS; REPLICAS;
+// AHEAD; SETS.
 
-typedef unsigned char u8;
-typedef unsigned int u32;
+#include "optim_floats.cuh"
 
-struct Tensor {           // 128 bytes, written by optim.py
+struct Numbers {           // Scalars of optim.py
+    float shrink, l2, beta1, rest1, beta2, rest2, eps, rate, correction, first;
+};
+struct NumberSets { Numbers of[SETS]; };
+
+struct Record {            // 80 bytes, written by optim.py
     void* p;
     const void* g;
-    void* state[2];       // uint8 codes, or float32
+    void* state[2];        // uint8 codes, or float32
     float* absmax[2];
     long long elements;
-    long long end;        // one past its last block in the order of all tensors' blocks
-    long long flags;      // 1: states are float32, 2: not aligned to 16 bytes
-    struct Numbers {      // Scalars of optim.py
-        float shrink, l2, beta1, rest1, beta2, rest2, eps, rate, correction, first;
-    } numbers;
-    long long unused[2];
+    int end;               // one past its last block in the order of all tensors' blocks
+    int flags;             // 1: states are float32, 2: not aligned to 16 bytes
+    int numbers;           // which of the NumberSets
+    int unused[3];
 };
-typedef Tensor::Numbers Numbers;
 
-#define BLOCK 256
+struct __align__(16) Tensor {  // 112 bytes of shared memory, a Record made ready
+    void* p;
+    const void* g;
+    void* state[2];
+    float* absmax[2];
+    int begin, end;        // its blocks in the order of all tensors' blocks
+    int fast_end;          // one past the last block that fast_block takes
+    int wide;
+    Numbers numbers;
+    long long elements;
+};
+
+#define BLOCK 256              // elements of a warp
+#define HALVES (8 / BITS)      // blocks among them, each with its own absmax
+#define LANES (32 / HALVES)    // of a block
 #define BELOW_BYTES 49152
 #define STATES (RULE == 0 ? 2 : 1)
 
-#if PARAM == 0
-typedef float Param;
-#define PACKED 8           // 32-bit words for 8 elements
-#else
-typedef unsigned short Param;
-#define PACKED 4
-#endif
-
-__device__ __forceinline__ float widen(u32 bits) {
-#if PARAM == 1
-    return __uint_as_float(bits << 16);
-#elif PARAM == 2
-    float x;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "r"(bits));
-    return x;
-#else
-    return __uint_as_float(bits);
-#endif
-}
-
-__device__ __forceinline__ u32 narrow(float x) {
-#if PARAM == 1
-#if __CUDA_ARCH__ >= 800
-    u32 bits;
-    asm("{.reg .b16 h; cvt.rn.bf16.f32 h, %1; cvt.u32.u16 %0, h;}" : "=r"(bits) : "f"(x));
-    return bits;
-#else
-    u32 bits = __float_as_uint(x);
-    return x != x ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // ties to even
-#endif
-#elif PARAM == 2
-    u32 bits;
-    asm("{.reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.u32.u16 %0, h;}" : "=r"(bits) : "f"(x));
-    return bits;
-#else
-    return __float_as_uint(x);
-#endif
-}
-
-// Two 16-bit floats in a word. One conversion of a pair runs at full rate, one of a single float at an eighth of it.
-__device__ __forceinline__ u32 narrow_pair(float low, float high) {
-#if PARAM == 1 && __CUDA_ARCH__ >= 800
-    u32 word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
-#elif PARAM == 2 && __CUDA_ARCH__ >= 800
-    u32 word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
-#else
-    return narrow(low) | narrow(high) << 16;
-#endif
-}
-
-// Element i of 8 packed ones.
-__device__ __forceinline__ float element(const u32* words, int i) {
-#if PARAM == 0
-    return __uint_as_float(words[i]);
-#elif PARAM == 1
-    u32 word = words[i / 2];
-    return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
-#else
-    return widen(i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
-#endif
-}
-
-__device__ __forceinline__ float warp_max(float x) {  // x >= 0, or NaN, whose bits are larger than any number's
-#if __CUDA_ARCH__ >= 800
+// The maximum over the lanes of a block; x >= 0, or NaN, whose bits are larger than any number's.
+__device__ __forceinline__ float block_max(float x) {
+#if __CUDA_ARCH__ >= 800 && BITS == 8
     return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
 #else
     u32 bits = __float_as_uint(x);
-    for (int step = 16; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
+    for (int step = LANES / 2; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
     return __uint_as_float(bits);
 #endif
 }
@@ -170,54 +123,102 @@ __device__ __forceinline__ float look_up(const float* floats, u32 at, u32 own) {
     return *(const float*)((const u8*)floats + (at | own));
 }
 
-// Code i of a word, times the bytes of a row.
-__device__ __forceinline__ u32 row_of(u32 word, int i) {
-    const int shift = 8 * i - ROW_SHIFT;
-    return (shift >= 0 ? word >> (shift & 31) : word << (-shift & 31)) & (0xffu << ROW_SHIFT);
+#if BITS == 8
+typedef uint2 Codes;       // of a lane's 8 elements
+#define WORD(codes, i) ((i) < 4 ? (codes).x : (codes).y)
+#define POSITION(i) (8 * ((i) % 4))
+#else
+typedef u32 Codes;
+#define WORD(codes, i) (codes)
+#define POSITION(i) (8 * ((i) / 2) + 4 * (1 - (i) % 2))
+#endif
+
+// Code i of a lane, times the bytes of a row.
+__device__ __forceinline__ u32 row_of(Codes codes, int i) {
+    const int shift = POSITION(i) - ROW_SHIFT;
+    u32 word = WORD(codes, i);
+    return (shift >= 0 ? word >> (shift & 31) : word << (-shift & 31)) & (((1u << BITS) - 1) << ROW_SHIFT);
 }
 
+// How many boundaries of the map lie below the bucket of x; x's code is this, or one more if x > its boundary.
 template <int STATE>       // 0: signed map, 1: unsigned
+__device__ __forceinline__ u32 bucket(float x) {
+    return shared[(__float_as_uint(x) >> 16) + 16384 * STATE];
+}
+
+template <int STATE>
 __device__ __forceinline__ u32 encode(float x, u32 own) {
-    u32 index = shared[(__float_as_uint(x) >> 16) + 16384 * STATE];
+    u32 index = bucket<STATE>(x);
     return index + (x > look_up(BOUNDS(STATE), index << ROW_SHIFT, own));
 }
 
 // 1 / absmax; 0 where that would overflow, so that a block of nothing but zeros and denormals becomes zeros.
 __device__ __forceinline__ float inverse_of(float absmax) { return absmax >= 1.2e-38f ? 1.f / absmax : 0.f; }
 
-// Codes of 8 elements, in two words. A block whose
-// absmax is not finite gets codes 0, whose levels its absmax makes NaN or infinite again.
+// Codes of 8 elements. A block whose absmax is not finite gets codes 0, whose levels its absmax makes NaN or infinite
+// again.
 template <int STATE>
-__device__ __forceinline__ uint2 encode_row(const float* x, float absmax, u32 own) {
-    u32 word[2] = {0, 0};
-    if (!(absmax <= 3.4e38f)) return make_uint2(0, 0);
+__device__ __forceinline__ Codes encode_row(const float* x, float absmax, u32 own) {
+    Codes codes{};
+    if (!(absmax <= 3.4e38f)) return codes;
     float scale = inverse_of(absmax);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) word[i / 4] += encode<STATE>(x[i] * scale, own) << (8 * (i % 4));
-    return make_uint2(word[0], word[1]);
+    for (int i = 0; i < 8; ++i) {
+        float y = x[i] * scale;
+        u32 index = bucket<STATE>(y);
+        float bound = look_up(BOUNDS(STATE), index << ROW_SHIFT, own);
+        u32& word = WORD(codes, i);
+        word += index << POSITION(i);
+        asm("{.reg .pred above; setp.gt.f32 above, %1, %2; @above add.u32 %0, %0, %3;}"  // one instruction less than +=
+            : "+r"(word) : "f"(y), "f"(bound), "r"(1u << POSITION(i)));
+    }
+    return codes;
+}
+
+__device__ __forceinline__ Codes load_codes(const void* state, u32 at) {
+#if BITS == 8
+    return load8((const u8*)state + (unsigned long long)at * 8);
+#else
+    return __float_as_uint(load4((const u8*)state + (unsigned long long)at * 4));
+#endif
+}
+
+__device__ __forceinline__ void store_codes(void* state, u32 at, Codes codes) {
+#if BITS == 8
+    store8((u8*)state + (unsigned long long)at * 8, codes);
+#else
+    store4((u8*)state + (unsigned long long)at * 4, __uint_as_float(codes));
+#endif
+}
+
+// Where the absmax of a lane's block lies.
+__device__ __forceinline__ float* absmax_of(float* absmax, u32 block, int lane) {
+    return absmax + ((unsigned long long)block * HALVES + lane / LANES);
 }
 
 struct Row {               // what one lane loads of a block
     u32 p[PACKED], g[PACKED];
-    uint2 codes[STATES];
+    Codes codes[STATES];
     float absmax[STATES];
 };
 
-__device__ __forceinline__ void load(Row& row, const Tensor& t, long long block, int lane) {
-    long long at = block * 32 + lane;                    // in units of 8 elements
+__device__ __forceinline__ void load(Row& row, const Tensor& t, u32 block, int lane) {
+    u32 at = block * 32 + lane;                    // in units of 8 elements: below 2^35 elements in a tensor
+    const u8* p = (const u8*)t.p + (unsigned long long)at * (PACKED * 4);
+    const u8* g = (const u8*)t.g + (unsigned long long)at * (PACKED * 4);
 #pragma unroll
     for (int i = 0; i < PACKED / 4; ++i) {
-        *(uint4*)(row.p + 4 * i) = ((const uint4*)t.p)[at * (PACKED / 4) + i];
-        *(uint4*)(row.g + 4 * i) = __ldcs((const uint4*)t.g + at * (PACKED / 4) + i);
+        *(uint4*)(row.p + 4 * i) = load16(p + 16 * i);
+        *(uint4*)(row.g + 4 * i) = load16(g + 16 * i);
     }
 #pragma unroll
     for (int s = 0; s < STATES; ++s) {
-        row.codes[s] = ((const uint2*)t.state[s])[at];
-        row.absmax[s] = t.absmax[s][block];
+        row.codes[s] = load_codes(t.state[s], at);
+        row.absmax[s] = load4(absmax_of(t.absmax[s], block, lane));
     }
 }
 
-__device__ __forceinline__ void fast_block(Row& row, const Tensor& t, long long block, int lane) {
+__device__ __forceinline__ void fast_block(const Row& row, const Tensor& t, u32 block, int lane) {
     const u32 own = (lane & (REPLICAS - 1)) * 4;
     const Numbers n = t.numbers;
     float m[8], v[8], m_max = 0.f, v_max = 0.f;
@@ -226,9 +227,9 @@ __device__ __forceinline__ void fast_block(Row& row, const Tensor& t, long long 
     float before = 0.f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        m[i] = look_up(LEVELS(0), row_of(i < 4 ? row.codes[0].x : row.codes[0].y, i % 4), own);
+        m[i] = look_up(LEVELS(0), row_of(row.codes[0], i), own);
 #if RULE == 0
-        v[i] = look_up(LEVELS(1), row_of(i < 4 ? row.codes[1].x : row.codes[1].y, i % 4), own);
+        v[i] = look_up(LEVELS(1), row_of(row.codes[1], i), own);
 #endif
         float p = element(row.p, i);
         step(p, element(row.g, i), m[i], v[i], n, m_scale, v_scale);
@@ -243,27 +244,58 @@ __device__ __forceinline__ void fast_block(Row& row, const Tensor& t, long long 
         before = p;
 #endif
     }
-    long long at = block * 32 + lane;
+    u32 at = block * 32 + lane;
+    u8* p = (u8*)t.p + (unsigned long long)at * (PACKED * 4);
 #pragma unroll
-    for (int i = 0; i < PACKED / 4; ++i) ((uint4*)t.p)[at * (PACKED / 4) + i] = *(uint4*)(out + 4 * i);
-    m_max = warp_max(m_max);
-    ((uint2*)t.state[0])[at] = encode_row<0>(m, m_max, own);
-    if (lane == 0) t.absmax[0][block] = m_max;
+    for (int i = 0; i < PACKED / 4; ++i) store16(p + 16 * i, *(uint4*)(out + 4 * i));
+    m_max = block_max(m_max);
+    store_codes(t.state[0], at, encode_row<0>(m, m_max, own));
+    if (lane % LANES == 0) store4(absmax_of(t.absmax[0], block, lane), m_max);
 #if RULE == 0
-    v_max = warp_max(v_max);
-    ((uint2*)t.state[1])[at] = encode_row<1>(v, v_max, own);
-    if (lane == 0) t.absmax[1][block] = v_max;
+    v_max = block_max(v_max);
+    store_codes(t.state[1], at, encode_row<1>(v, v_max, own));
+    if (lane % LANES == 0) store4(absmax_of(t.absmax[1], block, lane), v_max);
 #endif
 }
 
-// The same for float32 states, the last block of a tensor, and pointers off 16 bytes: lane l takes elements l, l + 32, ...
-__device__ __noinline__ void slow_block(const Tensor& t, long long block, int lane) {
+// The code of one element of few bits.
+template <int STATE>
+__device__ __forceinline__ float decode_one(const Tensor& t, u32 block, long long at, int half, u32 own) {
+    u32 code = ((const u8*)t.state[STATE])[BITS == 8 ? at : at / 2];
+    if (BITS == 4) code = at % 2 ? code & 15u : code >> 4;
+    return look_up(LEVELS(STATE), code << ROW_SHIFT, own) * t.absmax[STATE][(unsigned long long)block * HALVES + half];
+}
+
+// Writes one element's code; with 4 bits the lane of an even element writes its neighbour's too.
+template <int STATE>
+__device__ __forceinline__ void encode_one(const Tensor& t, long long at, float x, float absmax, u32 own) {
+    u32 code = absmax <= 3.4e38f && at < t.elements ? encode<STATE>(fminf(x * inverse_of(absmax), 1.f), own) : 0;
+    u8* state = (u8*)t.state[STATE];
+    if (BITS == 8) {
+        if (at < t.elements) state[at] = code;
+    } else {
+        u32 next = __shfl_down_sync(0xffffffffu, code, 1);
+        if (at % 2 == 0 && at < t.elements) state[at / 2] = code << 4 | next;
+    }
+}
+
+// The warp's largest value, which no lane's half matters to.
+__device__ __forceinline__ float warp_max(float x) {
+    u32 bits = __float_as_uint(x);
+    for (int step = 16; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
+    return bits <= __float_as_uint(3.4e38f) ? __uint_as_float(bits) : __int_as_float(0x7fffffff);
+}
+
+// The same for float32 states, the last elements of a tensor, and pointers off 16 bytes: lane l takes elements l, l + 32,
+// ..., so that with 4 bits the first four are of the first block.
+__device__ __noinline__ void slow_block(const Tensor& t, u32 block, int lane) {
     const u32 own = (lane & (REPLICAS - 1)) * 4;
-    const bool wide = t.flags & 1;
-    float m[8], v[8], m_max = 0.f, v_max = 0.f;
+    const bool wide = t.wide;
+    float m[8], v[8], m_max[HALVES] = {}, v_max[HALVES] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        long long at = block * BLOCK + i * 32 + lane;
+        const int half = i * HALVES / 8;
+        long long at = (long long)block * BLOCK + i * 32 + lane;
         m[i] = v[i] = 0.f;
         if (at >= t.elements) continue;
         float p = widen(sizeof(Param) == 2 ? ((const unsigned short*)t.p)[at] : ((const u32*)t.p)[at]);
@@ -272,49 +304,61 @@ __device__ __noinline__ void slow_block(const Tensor& t, long long block, int la
             m[i] = ((float*)t.state[0])[at];
             if (RULE == 0) v[i] = ((float*)t.state[1])[at];
         } else {
-            m[i] = look_up(LEVELS(0), row_of(((u8*)t.state[0])[at], 0), own) * t.absmax[0][block];
+            m[i] = decode_one<0>(t, block, at, half, own);
 #if RULE == 0
-            v[i] = look_up(LEVELS(1), row_of(((u8*)t.state[1])[at], 0), own) * t.absmax[1][block];
+            v[i] = decode_one<1>(t, block, at, half, own);
 #endif
         }
         step(p, g, m[i], v[i], t.numbers, m_beta(t.numbers), t.numbers.beta2);
         if (sizeof(Param) == 2) ((unsigned short*)t.p)[at] = narrow(p);
         else ((u32*)t.p)[at] = narrow(p);
-        m_max = larger(m_max, m[i]);
-        v_max = larger(v_max, v[i]);
+        m_max[half] = larger(m_max[half], m[i]);
+        v_max[half] = larger(v_max[half], v[i]);
     }
-    m_max = warp_max(m_max);
-    v_max = warp_max(v_max);
-    float m_scale = inverse_of(m_max), v_scale = inverse_of(v_max);
-    if (!(m_max <= 3.4e38f)) m_max = __int_as_float(0x7fffffff);
-    if (!(v_max <= 3.4e38f)) v_max = __int_as_float(0x7fffffff);
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+        m_max[half] = warp_max(m_max[half]);
+        v_max[half] = warp_max(v_max[half]);
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        long long at = block * BLOCK + i * 32 + lane;
-        if (at >= t.elements) continue;
-        if (wide) {
+        const int half = i * HALVES / 8;
+        long long at = (long long)block * BLOCK + i * 32 + lane;
+        if (!wide) {
+            encode_one<0>(t, at, m[i], m_max[half], own);
+#if RULE == 0
+            encode_one<1>(t, at, v[i], v_max[half], own);
+#endif
+        } else if (at < t.elements) {
             ((float*)t.state[0])[at] = m[i];
             if (RULE == 0) ((float*)t.state[1])[at] = v[i];
-        } else {
-            ((u8*)t.state[0])[at] = m_max == m_max ? encode<0>(fminf(m[i] * m_scale, 1.f), own) : 0;
-#if RULE == 0
-            ((u8*)t.state[1])[at] = v_max == v_max ? encode<1>(fminf(v[i] * v_scale, 1.f), own) : 0;
-#endif
         }
     }
-    if (lane == 0 && !wide) {
-        t.absmax[0][block] = m_max;
-        if (RULE == 0) t.absmax[1][block] = v_max;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+        unsigned long long at = (unsigned long long)block * HALVES + half;
+        if (lane != 0 || wide || at * (BLOCK / HALVES) >= t.elements) continue;
+        t.absmax[0][at] = m_max[half];
+        if (RULE == 0) t.absmax[1][at] = v_max[half];
     }
 }
 
-__device__ __forceinline__ bool is_fast(const Tensor& t, long long block) {
-    return t.flags == 0 && (block + 1) * BLOCK <= t.elements;
+// Ask L2 for a later block of the same tensor: its lines of 128 bytes of p, g and each state, one a lane.
+__device__ __forceinline__ void fetch(const Tensor& t, int at, int lane) {
+    const int lines = BLOCK * sizeof(Param) / 128, code_lines = BLOCK * BITS / 8 / 128;
+    if (at >= t.fast_end || lane >= 2 * lines + code_lines * STATES) return;
+    const unsigned long long block = at - t.begin;
+    const u8* line = lane < lines       ? (const u8*)t.p + block * (BLOCK * sizeof(Param)) + lane * 128
+                     : lane < 2 * lines ? (const u8*)t.g + block * (BLOCK * sizeof(Param)) + (lane - lines) * 128
+                                        : (const u8*)t.state[(lane - 2 * lines) / code_lines] +
+                                              block * (BLOCK * BITS / 8) + lane % code_lines * 128;
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(__cvta_generic_to_global(line)));
 }
 
-// below: the bytes of shared memory; levels, bounds [2][256], the signed map's first.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) optim_blockwise(
-    const Tensor* tensors, int count, const uint4* below, const float* levels, const float* bounds) {
+// The tables and the tensors' records, made ready in shared memory.
+__device__ __forceinline__ void prepare(
+    Tensor* tensors, const Record* records, int count, const NumberSets& sets,
+    const uint4* below, const float* levels, const float* bounds) {
     for (int i = threadIdx.x; i < BELOW_BYTES / 16; i += THREADS) ((uint4*)shared)[i] = below[i];
 #pragma unroll
     for (int s = 0; s < STATES; ++s)
@@ -322,36 +366,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) optim_blockwise(
             LEVELS(s)[i] = levels[s * 256 + i / REPLICAS];
             BOUNDS(s)[i] = bounds[s * 256 + i / REPLICAS];
         }
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        const Record r = records[i];
+        Tensor& t = tensors[i];
+        t.p = r.p;
+        t.g = r.g;
+        for (int s = 0; s < 2; ++s) {
+            t.state[s] = r.state[s];
+            t.absmax[s] = r.absmax[s];
+        }
+        t.begin = i == 0 ? 0 : records[i - 1].end;
+        t.end = r.end;
+        t.fast_end = t.begin + (r.flags == 0 ? (int)(r.elements / BLOCK) : 0);
+        t.wide = r.flags & 1;
+        t.numbers = sets.of[r.numbers];
+        t.elements = r.elements;
+    }
     __syncthreads();
+}
+
+// count: at most as many as the launch has shared memory for; total: blocks of all tensors, below 2^31.
+// below: the bytes of shared memory; levels, bounds [2][256], the signed map's first.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) optim_blockwise(
+    const Record* records, int count, int total, const uint4* below, const float* levels, const float* bounds,
+    const __grid_constant__ NumberSets sets) {
+    Tensor* tensors = (Tensor*)(shared + BELOW_BYTES + STATES * 512 * REPLICAS * 4);
+    prepare(tensors, records, count, sets, below, levels, bounds);
 
     const int lane = threadIdx.x % 32;
-    const long long stride = (long long)gridDim.x * (THREADS / 32), total = tensors[count - 1].end;
-    long long at = (long long)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-    int present = 0;
+    const int stride = gridDim.x * (THREADS / 32);
+    int at = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (at >= total) return;
+    const Tensor* t = tensors;
+    while (at >= t->end) ++t;
     Row row;
-    bool loaded = false;
-    for (; at < total; at += stride) {
-        while (at >= tensors[present].end) ++present;
-        const Tensor& t = tensors[present];
-        long long block = at - (present == 0 ? 0 : tensors[present - 1].end);
-        if (!is_fast(t, block)) {
-            slow_block(t, block, lane);
-            loaded = false;
-            continue;
+    if (at < t->fast_end) load(row, *t, at - t->begin, lane);
+    while (true) {
+        const int following = at + stride;
+        const Tensor* u = t;
+        const Row now = row;
+        if (following < total) {
+            while (following >= u->end) ++u;
+            if (following < u->fast_end) load(row, *u, following - u->begin, lane);
+            fetch(*u, following + AHEAD * stride, lane);
         }
-        if (!loaded) load(row, t, block, lane);
-        Row now = row;
-        loaded = false;
-        if (at + stride < total) {
-            int following = present;
-            while (at + stride >= tensors[following].end) ++following;
-            const Tensor& u = tensors[following];
-            long long ahead = at + stride - (following == 0 ? 0 : tensors[following - 1].end);
-            if (is_fast(u, ahead)) {
-                load(row, u, ahead, lane);
-                loaded = true;
-            }
-        }
-        fast_block(now, t, block, lane);
+        if (at < t->fast_end) fast_block(now, *t, at - t->begin, lane);
+        else slow_block(*t, at - t->begin, lane);
+        if (following >= total) return;
+        at = following;
+        t = u;
     }
 }
