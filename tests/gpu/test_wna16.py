@@ -64,7 +64,7 @@ def test_the_product_is_right_on_every_shape_and_the_same_bits_twice(
 
 @pytest.mark.parametrize("tokens", [9, 32, 64, 130])
 @pytest.mark.parametrize("scheme", ["w4a16-g128", "w8a16", "nf4-b64"])
-def test_wgmma_is_right_with_every_tile_and_number_of_slices(
+def test_wgmma_is_right_with_every_tile_and_number_of_workers(
     monkeypatch: pytest.MonkeyPatch, scheme: str, tokens: int
 ) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
@@ -72,10 +72,13 @@ def test_wgmma_is_right_with_every_tile_and_number_of_slices(
     weight, x = weight_of(scheme, 1352, 1920), random(tokens, 1920, seed=1)
     form, expected = layout.form_of(weight), exact(x, weight)
     for tile in wna16_wgmma.tiles_of(form, tokens):
-        for splits in [2] if tile.paired else [1, 3, 8]:
-            plan = wna16_wgmma.plan_for(tile, form, weight.shape, tokens, x.dtype, x.device, splits)
+        tiles = wna16_wgmma.tiles_in(tile, weight.shape, tokens)
+        for workers, spread in ((1, False), (3, False), (8, False), (29, False), (66, False), (3 * tiles, True)):
+            plan = wna16_wgmma.plan_for(tile, form, weight.shape, tokens, x.dtype, x.device, workers, spread)
             monkeypatch.setattr(wna16_wgmma, "plan_of", lambda *arguments, plan=plan: plan)
-            assert relative_error(wna16_wgmma.linear(x, weight, None), expected) < 3e-3, (tile, splits)
+            y = wna16_wgmma.linear(x, weight, None)
+            assert relative_error(y, expected) < 3e-3, (tile, workers, spread)
+            assert torch.equal(y, wna16_wgmma.linear(x, weight, None)), (tile, workers, spread)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

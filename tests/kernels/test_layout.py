@@ -59,8 +59,9 @@ def test_records_read_as_the_tensor_core_reads_them_are_the_weight(scheme: str) 
     rows, columns = 40, 576
     weight = weight_of(scheme, rows, columns)
     form = layout.form_of(weight)
-    records = layout.records(weight)
-    assert records.shape == (3, 5, form.record_bytes)
+    units = layout.records(weight)
+    assert units.shape == (1, 5, 16, form.record_bytes)
+    records = units[0].transpose(0, 1)
     at = 16 * 128 * form.bits // 8
     scale_bytes = 128 // form.group * 32
     scales = records[..., at : at + scale_bytes].contiguous().view(torch.float16)

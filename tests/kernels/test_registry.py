@@ -40,6 +40,12 @@ def test_where_the_winner_refuses_the_more_general_rows_speak() -> None:
     assert names == ("cuda_wgmma", "cuda_wgmma", "cuda_dequantize")
 
 
+def test_rows_of_a_shape_speak_before_the_others() -> None:
+    assert measured.fastest("wna16_linear", "sm_90", "int4", 4, (4096, 14336))[0] == "cuda_wgmma"
+    assert measured.fastest("wna16_linear", "sm_90", "int4", 1, (4096, 14336))[0] == "cuda_mma"
+    assert measured.fastest("wna16_linear", "sm_90", "int4", 4, (28672, 4096))[0] == "cuda_mma"
+
+
 def test_the_packaged_table_names_kernels_that_exist() -> None:
     for row in measured._rows():
         assert row["kernel"] in {candidate.name for candidate in registry.CANDIDATES[row["op"]]}

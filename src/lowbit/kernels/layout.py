@@ -1,8 +1,8 @@
 """The fast layout of a weight beside 16-bit activations: how codes, scales and zero-points are arranged for a warp.
 
-cuda/wna16_record.cuh draws it: strips of 16 rows, records of 16 x 128, inside a record the tensor core's operand
-order. It is derived from the canonical tensors on their device at first use, kept beside the weight's code tensor and
-gone with it: moving or replacing the weight releases it, saving never sees it.
+cuda/wna16_record.cuh draws it: strips of 16 rows, records of 16 x 128, the records of 16 strips together; inside a
+record the tensor core's operand order. It is derived from the canonical tensors on their device at first use, kept
+beside the weight's code tensor and gone with it: moving or replacing the weight releases it, saving never sees it.
 
     "int2" "int4" "int8"   integers, stored as q + 2^(B-1); 3 bits become 4; 5, 6 and 7 become 8
     "lut"                  nf4 and fp4: codes of a 16-level table
@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lowbit.numerics.codebook import NestedAbsmax
 from lowbit.tensors import PackedWeight, storage_of
 
-STRIP, RECORD = 16, 128
+STRIP, RECORD, UNIT = 16, 128, 256
 GROUPS = (128, 64, 32, 16)
 FAST_BITS = {"int2": 2, "int4": 4, "int8": 8, "lut": 4}
 
@@ -47,7 +47,7 @@ class FastForm:
 
 @dataclass(frozen=True)
 class FastWeight:
-    """records uint8 [strips, records, record_bytes]; factor float32 [1]; levels [16] by dtype for "lut"."""
+    """records uint8 [units, records, 16 strips, record_bytes]; factor float32 [1]; levels [16] by dtype for "lut"."""
 
     form: FastForm
     records: Tensor
@@ -123,19 +123,20 @@ def unsigned_codes(weight: PackedWeight, form: FastForm) -> Tensor:
 
 
 def records(weight: PackedWeight) -> Tensor:
-    """The records of `weight`, uint8 [strips, records, record_bytes], in plain torch on any device."""
+    """The records of `weight`, uint8 [units, records, 16 strips, record_bytes], in plain torch on any device."""
     form = form_of(weight)
     scales, _, zeros = normalized_scales(weight, form)
     parts = [_code_bytes(unsigned_codes(weight, form), form), _pair_rows(scales, form)]
     if zeros is not None:
         parts.append(_pair_rows(zeros, form))
-    return torch.cat(parts, dim=-1)
+    strips = torch.cat(parts, dim=-1)  # [strips, records, record_bytes]
+    return strips.unflatten(0, (-1, UNIT // STRIP)).transpose(1, 2).contiguous()
 
 
 def _code_bytes(codes: Tensor, form: FastForm) -> Tensor:
     """uint8 codes [N, K] in operand order: [strips, records, 256 bits]."""
     rows, columns = codes.shape
-    padding = (0, -columns % RECORD, 0, -rows % STRIP)
+    padding = (0, -columns % RECORD, 0, -rows % UNIT)
     filler = 0 if form.codes == "lut" else 2 ** (form.bits - 1)
     padded = torch.nn.functional.pad(codes, padding, value=filler).long()
     # [N, K] -> [strip, r, g, record, half, j, q, c, p]: row = 8 r + g, column = 64 half + 16 j + 8 q + 2 c + p
@@ -157,7 +158,7 @@ def _code_bytes(codes: Tensor, form: FastForm) -> Tensor:
 
 def _pair_rows(parameter: Tensor, form: FastForm) -> Tensor:
     """[N, C] -> bytes [strips, records, ...], rows g and g + 8 of a strip side by side."""
-    padded = torch.nn.functional.pad(parameter, (0, 0, 0, -parameter.shape[0] % STRIP))
+    padded = torch.nn.functional.pad(parameter, (0, 0, 0, -parameter.shape[0] % UNIT))
     groups = RECORD // form.group
     pairs = padded.view(-1, 2, 8, padded.shape[1] // groups, groups).permute(
         0, 3, 4, 2, 1

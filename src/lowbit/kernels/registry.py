@@ -90,7 +90,7 @@ def pick(op: str, x: Tensor, weight: PackedWeight) -> Candidate:
         if reason := forced.refusal(x, weight):
             raise InputError(f"kernel {forced.name!r} can't run {op}: {reason}")
         return forced
-    winners = fastest(op, generation_of(x.device), weight.scheme.weights.format.name, x.shape[0])
+    winners = fastest(op, generation_of(x.device), weight.scheme.weights.format.name, x.shape[0], weight.shape)
     if not winners and op == "wa8_linear" and x.device.type == "cpu":
         winners = cpu.winners(x, weight)
     ranks = {name: rank for rank, name in reversed(list(enumerate(winners)))}

@@ -30,7 +30,7 @@ typedef unsigned long long u64;
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct dim3 { int x, y, z; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
@@ -75,7 +75,7 @@ struct Block {
     std::map<u32, MemoryBarrier> barriers;
 };
 
-struct Product { float* d; u32 a[4]; u64 b; };
+struct Product { float* d; u32 a[4]; u64 b; bool keep; };
 
 struct Thread {
     ucontext_t context;
@@ -175,6 +175,7 @@ inline u32 fma2(u32 a, u32 b, u32 c) {
 template <u32 MASK> u32 masked(u32 a, u32 b) { return (a & MASK) | b; }
 template <u32 MASK> u32 masked_not(u32 a, u32 b) { return (~a & MASK) | b; }
 inline u32 opaque(u32 constant) { return constant; }
+inline u32 uniform(u32 value) { return value; }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     u64 both = a | static_cast<u64>(b) << 32;
     u32 result = 0;
@@ -223,18 +224,32 @@ inline void ldmatrix_x4(u32 (&r)[4], u32 address) {
     });
 }
 
-inline u64 descriptor_of(u32 address) {
+inline u32 transpose_8x8(u32 pair) {
+    u32 both[2] = {pair, 0};
+    Meeting& meeting = warp();
+    meet(meeting, 32, "transpose", both, [&] {
+        auto lane = [&](int l) { return static_cast<u32*>(meeting.brought[l]); };
+        for (int row = 0; row < 8; ++row)
+            for (int column = 0; column < 8; ++column)
+                lane(column * 4 + row / 2)[1] |= (lane(row * 4 + column / 2)[0] >> (16 * (column % 2)) & 0xFFFF) << (16 * (row % 2));
+    });
+    return both[1];
+}
+
+inline u32 descriptor_low(u32 address) {
     if (address % 1024) fail("a swizzled tile not at a multiple of 1024 bytes");
     return (address & 0x3FFFF) >> 4;
 }
+inline u64 descriptor(u32 low) { return low; }
 inline void wgmma_fence() {}
 inline void wgmma_commit() { self->products.emplace_back(); }
 #ifdef TOKENS
 inline void for_all(const std::function<void(int)>& act) { for (int thread = 0; thread < 128; ++thread) act(thread); }
 // d += a b, performed at the wait: operands in shared memory must stand until then
 
-inline void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u64 b) {
-    self->products.back().push_back({d, {a[0], a[1], a[2], a[3]}, b});
+template <bool KEEP>
+void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u64 b) {
+    self->products.back().push_back({d, {a[0], a[1], a[2], a[3]}, b, KEEP});
 }
 inline float b_at(u64 descriptor, int n, int k) {
     u32 address = (static_cast<u32>(descriptor) << 4) + (self->block->rank << 24);  // of the block that asks
@@ -260,7 +275,8 @@ template <int PENDING> void wgmma_wait() {
                                        a_at([&](int l) { return of(first + l)->front()[i].a; }, row % 16, k)) *
                                    b_at(of(first)->front()[i].b, n, k);
                         Product& product = of(first + row % 8 * 4 + n % 8 / 2)->front()[i];
-                        product.d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2] += static_cast<float>(sum);
+                        float& d = product.d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
+                        d = (product.keep ? d : 0.f) + static_cast<float>(sum);
                     }
     });
 }
@@ -283,12 +299,11 @@ inline float load_from_rank(u32 address, u32 rank) {
     return value;
 }
 
-inline float4 load_four_from_rank(u32 address, u32 rank) {
-    if (address % 16) fail("four floats not at a multiple of 16 bytes");
-    float4 v;
-    memcpy(&v, at_address((address & 0xFFFFFF) | rank << 24), 16);
-    return v;
-}
+// ---- from block to block through memory: blocks run in their order, so whoever waits finds the flag raised ----
+constexpr u64 RAISED = 0x9E6C63D0676A9A99ull;
+inline void raise_flag(u64* flag) { *flag = RAISED; }
+inline void await_flag(const u64* flag) { if (*flag != RAISED) fail("a flag that no block before has raised"); }
+inline float4 load_fresh(const float4* from) { return *from; }
 
 // ---- asynchronous copies ----
 inline MemoryBarrier& barrier_at(u32 barrier) {
@@ -338,6 +353,21 @@ inline void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrie
     };
     if (eager) copy();
     else counted->copies.push_back(copy);
+}
+inline void copy_box_to_both(u32 to, const TensorMap* map, int byte, int row, u32 barrier) {
+    Thread* mine = self;
+    for (auto& block : blocks) {  // as each of the blocks would, to itself
+        Thread as_there = {};
+        as_there.block = block.get();
+        self = &as_there;
+        copy_box((to & 0xFFFFFF) | block->rank << 24, map, byte, row, (barrier & 0xFFFFFF) | block->rank << 24);
+        self = mine;
+    }
+}
+inline void barrier_arrive_at(u32 at, u32 rank) {
+    MemoryBarrier& barrier = blocks[rank]->barriers[(at & 0xFFFFFF) | rank << 24];
+    --barrier.pending;
+    barrier_check(barrier);
 }
 inline u64 evict_first_policy() { return 0; }
 inline u64 evict_last_policy() { return 0; }

@@ -95,31 +95,54 @@ def test_mma_computes_the_product(
 
 
 WGMMA = (
-    # copies eager, most slices of K, scheme, (M, N, K), dtype
-    (True, 8, "w4a16-g128", (40, 300, 768), BFLOAT),  # ragged rows and tokens, tiles of 64; a cluster
-    (False, 1, "w4a16-g32-asym", (17, 56, 1152), HALF),  # three rounds of stages, copies late,
+    # copies eager, workers (negative: they finish tiles together), scheme, (M, N, K), dtype
+    (True, 3, "w4a16-g128", (40, 600, 768), BFLOAT),  # ragged rows and tokens, tiles of 64, a tile over two blocks
+    (False, 2, "w4a16-g32-asym", (17, 56, 1152), HALF),  # one tile in two, three rounds of stages, copies late,
     (True, 1, "w4a16-g64", (3, 40, 1152), BFLOAT),  # and early
-    (False, 8, "nf4-b64", (9, 264, 1088), BFLOAT),
+    (False, 5, "nf4-b64", (9, 264, 1088), BFLOAT),  # a block inside a tile, pieces of two tiles in one block
     (True, 2, "w8a16-g64-asym", (70, 130, 1024), BFLOAT),  # three stages
-    (True, 8, "w2a16-g16", (130, 72, 208), HALF),  # two token tiles
+    (True, 3, "w2a16-g16", (390, 264, 208), HALF),  # whole tiles after the shared ones
+    (False, 7, "w4a16-g128", (5, 257, 1920), BFLOAT),  # an odd number of rows
+    (True, -6, "w4a16-g128", (70, 280, 640), BFLOAT),  # six workers finish two tiles together
+    (False, -4, "w4a16-g64-asym", (40, 280, 640), HALF),
 )
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_two_blocks_of_wgmma_may_share_rows(emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool) -> None:
+@pytest.mark.parametrize(("workers", "spread"), [(1, False), (3, False), (4, True)])
+def test_two_blocks_of_wgmma_may_share_x(
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, workers: int, spread: bool, eager: bool
+) -> None:
     emulate(900, eager)
-    monkeypatch.setattr(wna16_wgmma, "tiles_of", lambda form, tokens: (wna16_wgmma.Tile(16, 4, 3, 1, paired=True),))
+    monkeypatch.setattr(wna16_wgmma, "tiles_of", lambda form, tokens: (wna16_wgmma.Tile(16, 4, 3, 1, cluster=2),))
+    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [(workers, spread)])
     check(wna16_wgmma._linear, "w4a16-g64-asym", (20, 880, 1024), BFLOAT)
 
 
-@pytest.mark.parametrize(("eager", "splits", "scheme", "shape", "dtype"), WGMMA)
+@pytest.mark.parametrize(("eager", "workers", "scheme", "shape", "dtype"), WGMMA)
 def test_wgmma_computes_the_product(
-    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, splits: int, scheme: str,
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, workers: int, scheme: str,
     shape: tuple[int, int, int], dtype: torch.dtype,
 ) -> None:  # fmt: skip
     emulate(900, eager)
-    monkeypatch.setattr(wna16_wgmma, "_MOST_SPLITS", splits)
+    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [(abs(workers), workers < 0)])
     check(wna16_wgmma._linear, scheme, shape, dtype)
+
+
+@pytest.mark.parametrize("tokens", [8, 16])
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w4a16-g128", "w8a16", "nf4-b64", "w2a16-g16"])
+def test_wgmma_may_scale_the_sums_of_groups(
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, scheme: str, tokens: int
+) -> None:
+    emulate(900, tokens == 8)
+    dtype = HALF if "g32" in scheme else BFLOAT
+
+    def tiles_of(form: layout.FastForm, tokens: int) -> tuple[wna16_wgmma.Tile, ...]:
+        return (wna16_wgmma.tile_for(form, tokens, 2, scales_sums=True),)
+
+    monkeypatch.setattr(wna16_wgmma, "tiles_of", tiles_of)
+    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [(3, False)])
+    check(wna16_wgmma._linear, scheme, (tokens, 264, 640), dtype)
 
 
 @pytest.mark.parametrize("scheme", ["w3a16-g32-asym", "w4a16", "w8a16-g64", "nf4-b64"])
@@ -130,11 +153,11 @@ def test_layout_and_dequantize_are_their_twins(emulate: Emulate, scheme: str) ->
     form = layout.form_of(weight)
     scales, _, zeros = layout.normalized_scales(weight, form)
     bits = wna16_layout.NIBBLES if storage_of(weight.scheme) == "nibbles" else weight.scheme.weights.bits
-    made = torch.empty(3, 3, form.record_bytes, dtype=torch.uint8)
+    made = torch.empty(1, 3, 16, form.record_bytes, dtype=torch.uint8)
     pointers = (weight.codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), 0)
     sizes = (rows, columns, 0 if bits == wna16_layout.NIBBLES else weight.codes.shape[-1])
     kernel = wna16_layout.layout_kernel(form, bits, torch.device("cpu"))
-    kernel.launch((2, 3, 1), (256, 1, 1), (*pointers, made.data_ptr(), *sizes))
+    kernel.launch((2, 16, 1), (256, 1, 1), (*pointers, made.data_ptr(), *sizes))
     assert torch.equal(made, layout.records(weight))
     w = wna16_dequantize._dequantize(fast_of(weight), weight.shape, BFLOAT)
     rtol = 2**-7 if form.codes == "lut" else 0  # an absmax of 11 bits may move a rounding by one

@@ -86,6 +86,9 @@ DEVICE u32 opaque(u32 constant) {
     return d;
 }
 
+// what all lanes of a warp have equal; said so, the compiler keeps it once a warp
+DEVICE u32 uniform(u32 value) { return __shfl_sync(~0u, value, 0); }
+
 DEVICE u32 load_shared(u32 address) {
     u32 word;
     asm("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));
@@ -118,6 +121,36 @@ DEVICE void ldmatrix_x4(u32 (&r)[4], u32 address) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
 
+// an 8 x 8 matrix of halves, a row a quad of lanes, two columns a lane, turned over
+DEVICE u32 transpose_8x8(u32 pair) {
+    u32 turned;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+    return turned;
+}
+
+// ---- from block to block through memory ----
+// A flag is raised when it holds this number, which no memory holds by chance: so nobody needs to clear it beforehand.
+constexpr u64 RAISED = 0x9E6C63D0676A9A99ull;
+
+// what the warp wrote before the __syncwarp before this is there for whoever awaits the flag
+DEVICE void raise_flag(u64* flag) {
+    asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(RAISED) : "memory");
+}
+
+DEVICE void await_flag(const u64* flag) {
+    u64 found;
+    do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+    while (found != RAISED);
+}
+
+// past the first-level cache
+DEVICE float4 load_fresh(const float4* from) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
 // ---- programmatic dependent launch ----
 DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
@@ -144,15 +177,6 @@ DEVICE float load_from_rank(u32 address, u32 rank) {
                  : "=f"(value) : "r"(address), "r"(rank) : "memory");
     return value;
 }
-
-DEVICE float4 load_four_from_rank(u32 address, u32 rank) {
-    float4 v;
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
-    return v;
-}
 #endif
 
 // ---- asynchronous copies to shared memory ----
@@ -169,6 +193,12 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
 
 DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// at the barrier that has this address in the block of a rank; orders reads before it, as those of wgmma are done
+DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
 }
 
 DEVICE void barrier_wait(u32 barrier, u32 parity) {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit.kernels.cuda.optim import AHEAD, SETS
 from lowbit.kernels.cuda.wna16_dequantize import dequantize_defines
 from lowbit.kernels.cuda.wna16_layout import NIBBLES, form_defines
 from lowbit.kernels.cuda.wna16_mma import Tile, mma_defines
@@ -60,10 +61,10 @@ def _wna16() -> tuple[Variant, ...]:
                 "wna16_wgmma.cu", "wna16_wgmma", wgmma_defines(form, dtype, tile), ampere, hopper, "wgmma is its own"
             )
             for form, dtype, tile in (
-                (int4, half, WgmmaTile(16, 4, 4, 2)),
+                (int4, half, WgmmaTile(16, 4, 5, 2)),
                 (nf4, bfloat, WgmmaTile(32, 2, 4, 1)),
                 (int8, bfloat, WgmmaTile(64, 4, 3, 1)),
-                (int4, bfloat, WgmmaTile(128, 4, 3, 1, paired=True)),
+                (int4, bfloat, WgmmaTile(128, 4, 4, 1, cluster=2)),
             )
         ),
         Variant("wna16_layout.cu", "wna16_layout", (*form_defines(int4), ("BITS", 3))),
@@ -105,8 +106,11 @@ OPTIM = tuple(
     Variant(
         "optim_blockwise.cu",
         "optim_blockwise",
-        (("RULE", rule), ("PARAM", parameter), ("THREADS", 512), ("REPLICAS", 8)),
+        (
+            *(("BITS", bits), ("RULE", rule), ("PARAM", parameter), ("SETS", SETS)),
+            *(("THREADS", 512), ("REPLICAS", 8), ("AHEAD", AHEAD)),
+        ),
     )
-    for rule, parameter in ((0, 0), (1, 1))
+    for bits, rule, parameter in ((8, 0, 0), (8, 1, 1), (4, 0, 1))
 )
 VARIANTS: tuple[Variant, ...] = (*WNA16, *INT8, *OPTIM)

@@ -29,7 +29,7 @@ wna16_dequantize(const u8* records, const float* levels, const float* factor, u1
     const float unit_scale = *factor;
     u16* tile = tiles[warp];
     for (int at = blockIdx.x * WARPS + warp; at < strips * per_strip; at += gridDim.x * WARPS) {
-        const u8* record = records + static_cast<size_t>(at) * RECORD_BYTES;
+        const u8* record = records + record_index(at / per_strip, at % per_strip, per_strip) * RECORD_BYTES;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             u32 words[HALF_WORDS];

@@ -29,7 +29,7 @@ def _dequantize(weight: FastWeight, shape: tuple[int, int], dtype: torch.dtype) 
     device = weight.records.device
     w = torch.empty(shape, dtype=dtype, device=device)
     levels = weight.levels[torch.float32].data_ptr() if weight.levels is not None else 0
-    records = weight.records.shape[0] * weight.records.shape[1]
+    records = -(-shape[0] // 16) * -(-shape[1] // 128)
     grid = (min(-(-records // _WARPS), 8 * gpu_of(device).processors), 1, 1)
     arguments = (weight.records.data_ptr(), levels, weight.factor.data_ptr(), w.data_ptr(), *shape)
     kernel(weight.form, dtype, device).launch(grid, (32 * _WARPS, 1, 1), arguments, 0, current_stream(device))

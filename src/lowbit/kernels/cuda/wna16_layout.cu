@@ -69,6 +69,6 @@ extern "C" __global__ void wna16_layout(const u8* codes, const u16* scales, cons
                 word |= zero << (8 * e);
             }
         }
-        records[static_cast<size_t>(strip) * per_row * RECORD_WORDS + i] = word;
+        records[record_index(strip, record, per_row) * RECORD_WORDS + at] = word;
     }
 }

@@ -3,7 +3,16 @@
 import torch
 
 from lowbit.kernels.cuda.compiler import Kernel, current_stream, load_kernel
-from lowbit.kernels.layout import FastForm, FastWeight, fast_weight, form_of, normalized_scales
+from lowbit.kernels.layout import (
+    RECORD,
+    STRIP,
+    UNIT,
+    FastForm,
+    FastWeight,
+    fast_weight,
+    form_of,
+    normalized_scales,
+)
 from lowbit.numerics.codebook import levels_of
 from lowbit.tensors import PackedWeight, storage_of
 
@@ -35,13 +44,13 @@ def _derive(weight: PackedWeight) -> FastWeight:
     rows, columns = weight.shape
     codes = weight.codes.contiguous()
     scales, factor, zeros = normalized_scales(weight, form)
-    strips, per_strip = -(-rows // 16), -(-columns // 128)
-    records = torch.empty(strips, per_strip, form.record_bytes, dtype=torch.uint8, device=device)
+    units, per_strip = -(-rows // UNIT), -(-columns // RECORD)
+    records = torch.empty(units, per_strip, UNIT // STRIP, form.record_bytes, dtype=torch.uint8, device=device)
     bits = NIBBLES if storage_of(weight.scheme) == "nibbles" else weight.scheme.weights.bits
     words = per_strip * form.record_bytes // 4
     pointers = (codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), 0, records.data_ptr())
     sizes = (rows, columns, 0 if bits == NIBBLES else codes.shape[-1])
-    grid = (-(-words // 256), strips, 1)
+    grid = (-(-words // 256), units * UNIT // STRIP, 1)
     layout_kernel(form, bits, device).launch(grid, (256, 1, 1), (*pointers, *sizes), 0, current_stream(device))
     levels = None
     if form.codes == "lut":

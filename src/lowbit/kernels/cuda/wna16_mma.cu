@@ -53,7 +53,7 @@ DEVICE u8* x_of_block() { return barriers_of_block() + BARRIER_BYTES; }
 
 // What a block does: local units 0..count-1, of which i is unit first + i stride; records begin..end-1 of K.
 struct Work {
-    int first, stride, count, strips, records, begin, end, per_round, rounds;
+    int first, stride, count, records, begin, end, per_round, rounds;
 
     DEVICE int length() const { return end - begin; }
     DEVICE int in_round(int round) const { return min(per_round, count - round * per_round) * length(); }
@@ -82,10 +82,10 @@ struct Cursor {
     }
 };
 
-DEVICE const u8* record_at(const u8* records, const Work& work, int local, int tile, int record) {
-    int unit = work.first + local * work.stride;
-    int strip = min(unit * ROW_TILES + tile, work.strips - 1);  // rows past the end repeat the last strip, unused
-    return records + (static_cast<size_t>(strip) * work.records + record) * RECORD_BYTES;
+// the records of a unit's strips lie side by side; of a last unit past the end, in the padding
+DEVICE const u8* record_at(const u8* records, const Work& work, int local, int record) {
+    const int strip = (work.first + local * work.stride) * ROW_TILES;
+    return records + record_index(strip, record, work.records) * RECORD_BYTES;
 }
 
 // The warp's ring of steps. `wait` waits for the oldest step; `refill` hands its place to the step STAGES ahead.
@@ -120,20 +120,14 @@ struct Ring {
 #if __CUDA_ARCH__ >= 900
         if (lane == 0 && ahead.left) {
             barrier_expect(barriers + 8 * into, STEP_BYTES);
-#pragma unroll
-            for (int tile = 0; tile < ROW_TILES; ++tile)
-                bulk_copy(shared_address(slots + into * STEP_BYTES + tile * RECORD_BYTES),
-                          record_at(records, work, ahead.local, tile, ahead.record), RECORD_BYTES, barriers + 8 * into,
-                          policy);
+            bulk_copy(shared_address(slots + into * STEP_BYTES), record_at(records, work, ahead.local, ahead.record),
+                      STEP_BYTES, barriers + 8 * into, policy);
         }
 #elif __CUDA_ARCH__ >= 800
         if (ahead.left) {
-#pragma unroll
-            for (int tile = 0; tile < ROW_TILES; ++tile) {
-                const u8* from = record_at(records, work, ahead.local, tile, ahead.record);
-                u32 to = shared_address(slots + into * STEP_BYTES + tile * RECORD_BYTES);
-                for (int byte = 16 * lane; byte < RECORD_BYTES; byte += 512) copy_16(to + byte, from + byte);
-            }
+            const u8* from = record_at(records, work, ahead.local, ahead.record);
+            u32 to = shared_address(slots + into * STEP_BYTES);
+            for (int byte = 16 * lane; byte < STEP_BYTES; byte += 512) copy_16(to + byte, from + byte);
         }
         copies_commit();
 #endif
@@ -154,7 +148,7 @@ struct Ring {
 #if __CUDA_ARCH__ >= 800
         return slots + slot * STEP_BYTES + tile * RECORD_BYTES;
 #else
-        return record_at(records, work, at.local, tile, at.record);
+        return record_at(records, work, at.local, at.record) + tile * RECORD_BYTES;
 #endif
     }
 
@@ -309,9 +303,10 @@ wna16_mma(const u8* records, const u16* x, const int* order, const u16* levels, 
     let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, split = blockIdx.x % splits;
     Work work;
-    work.strips = (N + STRIP - 1) / STRIP, work.records = (K + RECORD_K - 1) / RECORD_K;
+    const int strips = (N + STRIP - 1) / STRIP;
+    work.records = (K + RECORD_K - 1) / RECORD_K;
     work.first = blockIdx.x / splits, work.stride = gridDim.x / splits;
-    work.count = ((work.strips + ROW_TILES - 1) / ROW_TILES - work.first + work.stride - 1) / work.stride;
+    work.count = ((strips + ROW_TILES - 1) / ROW_TILES - work.first + work.stride - 1) / work.stride;
     work.begin = split * work.records / splits, work.end = (split + 1) * work.records / splits;
     work.per_round = per_round, work.rounds = (work.count + per_round - 1) / per_round;
     Ring ring;

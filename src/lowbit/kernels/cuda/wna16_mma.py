@@ -13,6 +13,7 @@ from torch import Tensor
 from lowbit.kernels.cuda.compiler import Kernel, current_stream, load_kernel
 from lowbit.kernels.cuda.device import Gpu, gpu_of, gpu_refusal, on_device_of
 from lowbit.kernels.cuda.wna16_layout import Defines, fast, form_defines
+from lowbit.kernels.cuda.wna16_plans import measured_plan
 from lowbit.kernels.layout import FastForm, FastWeight, form_refusal
 from lowbit.tensors import PackedWeight
 
@@ -119,8 +120,12 @@ def sum_kernel(form: FastForm, dtype: torch.dtype, device: torch.device) -> Kern
 @cache
 def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """The launch for a weight [N, K] of this form and `tokens` rows of x."""
-    size = (-(-shape[0] // 16), -(-shape[1] // 128))
-    return plan_for(tile_of(form, tokens, size, gpu_of(device)), form, size, tokens, dtype, device)
+    gpu, size = gpu_of(device), (-(-shape[0] // 16), -(-shape[1] // 128))
+    row = measured_plan("mma", gpu.processors, form.codes, shape, 1 if tokens == 1 else 8) if tokens <= 8 else None
+    tile = tile_of(form, tokens, size, gpu)
+    if row:
+        tile = Tile(row["warps"], row["rows"], 1, row["stages"], row["blocks"])
+    return plan_for(tile, form, size, tokens, dtype, device)
 
 
 def plan_for(

@@ -1,7 +1,8 @@
 // The fast layout of a weight beside 16-bit activations, and how a lane turns its part of it into tensor-core operands.
 //
-// A weight [N, K] is cut in strips of 16 rows, a strip in records of 16 rows x 128 columns; records of one strip follow
-// each other, so a strip is one stream. A record is what one warp multiplies at a time:
+// A weight [N, K] is cut in strips of 16 rows, a strip in records of 16 rows x 128 columns. The records of 16 strips that
+// hold the same columns lie together (a unit: 256 rows), so a block reads its part of K as one stream of 17 KB pieces.
+// A record is what one warp multiplies at a time:
 //
 //   codes   [2 halves of 64 columns][PARTS][32 lanes][VECTOR words]      FAST_BITS/4 KiB: 512, 1024 or 2048 bytes
 //   scales  [128/GROUP][8 g] (row g, row g + 8)                          fp16 pairs
@@ -23,7 +24,7 @@
 #define IS_LUT (FORMAT == 16)
 #define FAST_BITS (IS_LUT ? 4 : FORMAT)
 
-constexpr int STRIP = 16, RECORD_K = 128;
+constexpr int STRIP = 16, RECORD_K = 128, UNIT_STRIPS = 16;
 constexpr int GROUPS = RECORD_K / GROUP;             // scales per row of a record
 constexpr int GROUP_STEPS = GROUP / 16;              // mma steps under one scale
 constexpr int HALF_WORDS = FAST_BITS;                // words of a lane per 64 columns
@@ -37,6 +38,12 @@ constexpr u32 MAGIC = XTYPE ? 0x43004300u : 0x64006400u;
 // one byte -> two levels, a copy for each lane's bank; at a fixed shared address, so that a row's is made by one OR
 constexpr int TABLE_WORDS = IS_LUT ? 256 * 32 : 0;
 constexpr u32 TABLE_ADDRESS = 0x8000;
+
+// where the record of a strip lies among all
+DEVICE size_t record_index(int strip, int record, int per_strip) {
+    return (static_cast<size_t>(strip / UNIT_STRIPS) * per_strip + record) * UNIT_STRIPS + strip % UNIT_STRIPS;
+}
+DEVICE int strips_of(int rows) { return (rows + STRIP * UNIT_STRIPS - 1) / (STRIP * UNIT_STRIPS) * UNIT_STRIPS; }
 
 // the codes of a lane for 64 columns
 DEVICE void load_codes(u32 (&words)[HALF_WORDS], const u8* record, int half, int lane) {

@@ -1,8 +1,8 @@
 """Launches of wna16_wgmma.cu: from a few tokens to some thousand, on sm_90.
 
-A block multiplies 64 rows a warpgroup by a tile of tokens, over a slice of K. Slices of one unit of rows are a cluster,
-so the plan asks the driver how many clusters of a size run at once, and takes the slices for which the longest chain of
-blocks on a multiprocessor is shortest.
+A worker, one block or a cluster of two, multiplies tiles of 64 rows a warpgroup by some tokens. All workers get the
+same number of steps along K, so a tile may be split anywhere; then its sums pass from worker to worker through memory.
+A plan says which tile, how many workers, and how many whole tiles each does besides.
 """
 
 from dataclasses import dataclass
@@ -15,56 +15,76 @@ from lowbit.kernels.cuda.compiler import Kernel, current_stream, load_kernel
 from lowbit.kernels.cuda.device import gpu_of, gpu_refusal, on_device_of
 from lowbit.kernels.cuda.tensor_map import tensor_map
 from lowbit.kernels.cuda.wna16_layout import Defines, fast, form_defines
+from lowbit.kernels.cuda.wna16_plans import measured_plan
 from lowbit.kernels.layout import FastForm, FastWeight, form_refusal
 from lowbit.tensors import PackedWeight
 
-_PARAMETERS = "P128sPPPPiiiii"
-_MOST_SPLITS = 8  # blocks in a cluster that every GPU with clusters can run
+_LEAST_STAGES = 3
+_PARAMETERS = "P128sPPPPPiiiiii"
 _TABLE_BYTES = 32 * 1024
+_SHARED_BYTES = 228 * 1024  # of a multiprocessor of sm_90; the system takes 1 KB a block
+_MOST_PIECES, _PIECES_BYTES = 96, 1920  # of tiles in one block; a list of them lies in shared memory
 
 
 @dataclass(frozen=True)
 class Tile:
     """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM.
 
-    paired: two blocks share 7 x 64 rows, 448, where whole blocks would leave multiprocessors idle.
+    cluster: blocks (1 or 2) that work as one of so many times the rows, and share x. scales_sums: scales meet the sums
+    of a group, not the weights.
     """
 
     tokens: int
     warpgroups: int
     stages: int
     blocks: int
-    paired: bool = False
+    cluster: int = 1
+    scales_sums: bool = False
 
     @property
     def rows(self) -> int:
-        return 64 * self.warpgroups
+        """Rows of a tile."""
+        return 64 * self.warpgroups * self.cluster
 
-    @property
-    def unit_rows(self) -> int:
-        """Rows of a cluster."""
-        return 448 if self.paired else self.rows
+    def stage_bytes(self, form: FastForm) -> int:
+        """Shared memory of a stage: 128 columns of x and of the records."""
+        return self.tokens * 256 + 4 * self.warpgroups * form.record_bytes
 
     def shared_bytes(self, form: FastForm) -> int:
-        """Shared memory as wna16_wgmma.cu lays it out: x and records, or the sums in their place; barriers, table."""
-        warps = 4 * self.warpgroups
-        work = self.stages * (self.tokens * 256 + warps * form.record_bytes)
-        barriers = 8 * self.stages * (warps + 2)
-        table = _TABLE_BYTES if form.codes == "lut" else 0
-        return _aligned(_aligned(max(work, self.tokens * (self.rows + 4) * 4)) + barriers) + table
+        """Shared memory as wna16_wgmma.cu lays it out: stages, barriers, pieces, table."""
+        barriers = _aligned(16 * self.stages) + _PIECES_BYTES
+        return _aligned(self.stages * self.stage_bytes(form)) + barriers + _table_bytes(form)
+
+
+def tile_for(
+    form: FastForm, tokens: int, warpgroups: int, blocks: int = 1, cluster: int = 1, scales_sums: bool = False
+) -> Tile:
+    """The tile with as many stages as its share of a multiprocessor's shared memory holds, 8 at most."""
+    share = _SHARED_BYTES // blocks - 1024 - _PIECES_BYTES - _table_bytes(form) - 256
+    bytes_each = Tile(tokens, warpgroups, 0, blocks, cluster).stage_bytes(form)
+    return Tile(tokens, warpgroups, min(8, share // bytes_each), blocks, cluster, scales_sums)
+
+
+def _table_bytes(form: FastForm) -> int:
+    return _TABLE_BYTES if form.codes == "lut" else 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: the tile, its kernel, grid, threads and shared memory; slices of K (a cluster), tiles of tokens."""
+    """One launch: tile, kernel, workers, tiles of tokens.
+
+    waves: whole tiles that each worker does besides its share of the rest. parts: 0, or how many workers a tile has, of
+    which those of the next tile finish it. partial_bytes: of sums that pass from worker to worker, 0 where none do.
+    """
 
     tile: Tile
     kernel: Kernel
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
+    workers: int
     shared_bytes: int
-    splits: int
+    waves: int
     token_tiles: int
+    parts: int
+    partial_bytes: int
 
 
 def _aligned(size: int) -> int:
@@ -100,70 +120,130 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
     plan = plan_of(weight.form, shape, tokens, x.dtype, x.device)
     levels = weight.levels[x.dtype].data_ptr() if weight.levels is not None else 0
     x_map = tensor_map(x.data_ptr(), tokens, 2 * columns, plan.tile.tokens)
+    partial = x.new_empty(plan.partial_bytes, dtype=torch.uint8) if plan.partial_bytes else None
     tensors = (weight.records.data_ptr(), x_map, levels, weight.factor.data_ptr())
-    results = (0 if bias is None else bias.data_ptr(), y.data_ptr())
-    arguments = (*tensors, *results, tokens, rows, columns, plan.splits, plan.token_tiles)
+    results = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 0 if partial is None else partial.data_ptr())
+    arguments = (*tensors, *results, tokens, rows, columns, plan.waves, plan.token_tiles, plan.parts)
     overlaps, stream = gpu_of(x.device).overlaps_launches, current_stream(x.device)
-    plan.kernel.launch(plan.grid, plan.block, arguments, plan.shared_bytes, stream, overlaps, plan.splits)
+    grid, block = (plan.workers * plan.tile.cluster, 1, 1), (128 * plan.tile.warpgroups, 1, 1)
+    plan.kernel.launch(grid, block, arguments, plan.shared_bytes, stream, overlaps, plan.tile.cluster)
     return y
 
 
 @cache
 def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """The launch for a weight [N, K] of this form and `tokens` rows of x."""
-    plans = [
-        plan_for(tile, form, shape, tokens, dtype, device, splits)
-        for tile in tiles_of(form, tokens)
-        for splits in ([2] if tile.paired else range(1, min(_MOST_SPLITS, -(-shape[1] // 128)) + 1))
+    processors = gpu_of(device).processors
+    if known := _known(form, shape, tokens, processors):
+        return plan_for(known[0], form, shape, tokens, dtype, device, *known[1:])
+    choices = [
+        (_cost_us(tile, shape, tokens, workers, spread, processors), index, workers, spread, tile)
+        for index, tile in enumerate(tiles_of(form, tokens))
+        for workers, spread in workers_of(tile, shape, tokens, processors)
     ]
-    return min(plans, key=lambda plan: _cost_us(plan, -(-shape[1] // 128), gpu_of(device).processors))
+    _, _, workers, spread, tile = min(choices)
+    return plan_for(tile, form, shape, tokens, dtype, device, workers, spread)
+
+
+def _known(form: FastForm, shape: tuple[int, int], tokens: int, processors: int) -> tuple[Tile, int, bool] | None:
+    """(tile, workers, spread) that was measured for these codes, else for int4, or None."""
+    size = tokens_of_tile(tokens)
+    if tokens > size:
+        return None
+    for codes in (form.codes, "int4"):
+        if row := measured_plan("wgmma", processors, codes, shape, size):
+            scales_sums = row["scales_sums"] if codes == form.codes else scales_sums_of(form, size)
+            tile = tile_for(form, size, row["warpgroups"], row["blocks"], row["cluster"], scales_sums)
+            if tile.stages >= _LEAST_STAGES:
+                return tile, row["workers"], row["spread"]
+    return None
 
 
 def plan_for(
     tile: Tile, form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device,
-    splits: int,
+    workers: int, spread: bool,
 ) -> Plan:  # fmt: skip
-    """The launch with a given tile and number of slices."""
+    """The launch with a given tile and number of workers, of which there are at most as many as steps.
+
+    spread: the workers, a multiple of the tiles, finish each tile together.
+    """
     shared = tile.shared_bytes(form)
-    defines = wgmma_defines(form, dtype, tile)
-    kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, defines, shared)
-    token_tiles = -(-tokens // tile.tokens)
-    grid = (-(-shape[0] // tile.unit_rows) * token_tiles * splits, 1, 1)
-    return Plan(tile, kernel, grid, (128 * tile.warpgroups, 1, 1), shared, splits, token_tiles)
+    kernel = load_kernel("wna16_wgmma.cu", "wna16_wgmma", _PARAMETERS, device, wgmma_defines(form, dtype, tile), shared)
+    tiles, token_tiles = tiles_in(tile, shape, tokens), -(-tokens // tile.tokens)
+    if spread:
+        assert workers % tiles == 0, (workers, tiles)
+        parts, waves, whole = workers // tiles, 0, False
+        workers += parts
+    else:
+        parts, (waves, whole) = 0, waves_of(tiles, workers)
+    partial = 0 if whole else workers * tile.rows * tile.tokens * 4 * 65 // 64  # sums, and flags behind them
+    return Plan(tile, kernel, workers, shared, waves, token_tiles, parts, partial)
 
 
-# A step of 128 columns of a multiprocessor's blocks, by tokens and warpgroups; fitted, as _cost_us' other numbers, to
-# bench/results/wna16_tiles_h200.json, where the plan that this picks is within 7% of the best at every shape and M
-_STEP_US = {
-    (16, 4): 0.69, (32, 4): 0.77, (64, 4): 0.97, (128, 4): 1.35,
-    (16, 2): 0.92, (32, 2): 1.03, (64, 2): 0.97, (128, 2): 0.76,
-}  # fmt: skip
+def tiles_in(tile: Tile, shape: tuple[int, int], tokens: int) -> int:
+    """Tiles of the product of a weight [N, K] with `tokens` rows of x."""
+    return -(-shape[0] // tile.rows) * -(-tokens // tile.tokens)
 
 
-def _cost_us(plan: Plan, records: int, processors: int) -> float:
-    """Microseconds that a plan should take on an H200: rounds of clusters, each a start, a slice of K and the sums."""
-    tile, at_once = plan.tile, processors * plan.tile.blocks
-    if plan.splits > 1:
-        at_once = plan.kernel.clusters_at_once(plan.block, plan.shared_bytes, plan.splits)
-    rounds = -(-plan.grid[0] // plan.splits // max(at_once, 1))
-    step = _STEP_US[tile.tokens, tile.warpgroups]
-    if tile.paired:
-        return rounds * (records * step * 0.9 + 6.0)
-    added = 0.017 * tile.tokens * tile.rows / 256 * (plan.splits - 1)
-    return rounds * (-(-records // plan.splits) * step + 3.5 + added)
+def waves_of(tiles: int, workers: int) -> tuple[int, bool]:
+    """How many whole tiles each worker does, at least a tile's work each left to share; or all, and True."""
+    return (tiles // workers, True) if tiles % workers == 0 else (max(tiles // workers - 1, 0), False)
+
+
+def workers_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int) -> list[tuple[int, bool]]:
+    """(workers, spread) worth trying: all workers that run at once, and those that split each tile evenly."""
+    tiles, steps = tiles_in(tile, shape, tokens), -(-shape[1] // 128)
+    one_each = processors // tile.cluster
+    most = one_each * tile.blocks
+    even = [(tiles * parts, True) for parts in range(2, min(steps, most // max(tiles, 1)) + 1)]
+    least = -(-tiles // (_MOST_PIECES - 4))  # beyond thousands of tokens more workers than run at once
+    whole = -(-tiles // -(-tiles // one_each))  # as few as finish whole tiles in as many rounds as all would
+    alone = {max(least, min(workers, tiles * steps)) for workers in (one_each, most, whole)}
+    return [*((workers, False) for workers in sorted(alone)), *even]
+
+
+def tokens_of_tile(tokens: int) -> int:
+    """Tokens of the smallest tile that holds `tokens` of them, or of the largest."""
+    return next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+
+
+def scales_sums_of(form: FastForm, tokens: int) -> bool:
+    """Whether scaling a group's sums takes fewer instructions than its weights: a table's scale costs two a pair."""
+    return form.group >= 32 and tokens <= (64 if form.codes == "lut" else 16)
 
 
 def tiles_of(form: FastForm, tokens: int) -> tuple[Tile, ...]:
-    """Tiles worth trying for `tokens` rows of x. Records of 8-bit codes are twice as large: fewer are in flight."""
-    wanted = next((size for size in (16, 32, 64) if tokens <= size), 128)
-    stages = 3 if wanted == 128 or form.codes == "int8" else 4
-    half = Tile(wanted, 2, stages, 1 if wanted == 128 or form.codes == "lut" else 2)
-    whole = (Tile(wanted, 4, stages, 1), half)
-    return (*whole, Tile(wanted, 4, stages, 1, paired=True)) if wanted >= 64 else whole
+    """Tiles worth trying for `tokens` rows of x, where no plan has been measured."""
+    size = tokens_of_tile(tokens)
+    return (tile_for(form, size, 4, scales_sums=scales_sums_of(form, size)),)
+
+
+# A step of 128 columns of a block with four warpgroups, by tokens, where all multiprocessors are busy. At 128 tokens
+# the chip as a whole is the limit: 1.43 with 112 of 132 (bench/results/wna16_sweep_h200.json)
+_STEP_US = {8: 0.64, 16: 0.66, 32: 0.75, 64: 0.95, 128: 1.68}
+
+
+def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, spread: bool, processors: int) -> float:
+    """Microseconds that a launch should take on an H200: a start, the longest worker's steps, sums handed on."""
+    tiles, steps = tiles_in(tile, shape, tokens), -(-shape[1] // 128)
+    waves, whole = waves_of(tiles, workers)
+    shared = (tiles - waves * workers) * steps
+    longest = -(-shared // workers) + waves * steps
+    others = -(-workers * steps // max(shared, 1))  # that a tile's last worker takes sums over from
+    handed = 0.0 if whole else 2.0 + tile.tokens / 64 if spread else 1.5 + others * (0.7 + tile.tokens / 32)
+    at_once = -(-workers * tile.cluster // processors)
+    busy = min(max(workers * tile.cluster / processors, 0.84), 1.0) if tile.tokens == 128 else 1.0
+    return longest * _STEP_US[tile.tokens] * busy * at_once + 3.5 + handed
 
 
 def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
     """The defines that compile wna16_wgmma.cu."""
-    tiles = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups), ("PAIRED", int(tile.paired)))
-    shape = (*tiles, ("STAGES", tile.stages), ("BLOCKS", tile.blocks))
+    tiles = (("TOKENS", tile.tokens), ("WARPGROUPS", tile.warpgroups))
+    shape = (
+        *tiles,
+        ("STAGES", tile.stages),
+        ("BLOCKS", tile.blocks),
+        ("CLUSTER", tile.cluster),
+        ("SCALED", int(tile.scales_sums)),
+    )
     return (*form_defines(form), ("XTYPE", int(dtype == torch.bfloat16)), *shape)
