@@ -158,7 +158,7 @@ def test_only_the_outlier_kernel_takes_outlier_schemes() -> None:
 @pytest.mark.parametrize("shape", [(28672, 4096), (4096, 4096), (4096, 14336), (17, 128), (8192, 28672)], ids=str)
 def test_the_decode_kernel_is_chosen_within_the_chips_limits(tokens: int, shape: tuple[int, int]) -> None:
     chosen = int8_hopper.choose(tokens, *shape, processors=132)
-    assert chosen.shared_bytes <= 227 * 1024  # of one block on sm_90
+    assert chosen.shared_bytes(shape[1]) <= 227 * 1024  # of one block on sm_90
     assert chosen.split in (1, 2, 4, 8)  # 8: the largest cluster that every device of sm_90 can run
     assert chosen.split == 1 or shape[1] >= chosen.split * 2 * int8_hopper.STEP
     assert chosen.tokens >= min(tokens, 128)

@@ -12,14 +12,20 @@ from torch import Tensor
 from lowbit.kernels.cuda.compiler import current_stream, load_kernel
 from lowbit.kernels.cuda.int8_ladder import EPILOGUE, KINDS, epilogue_arguments
 from lowbit.kernels.cuda.tensor_map import tensor_map
-from lowbit.kernels.int8 import Scaling
+from lowbit.kernels.int8 import Quantized, Scaling, padded_columns
 
 STEP = 128  # bytes along K in one box
 TILE_M, STAGES, CHUNK_BYTES = 128, 4, 64 * 128  # of int8_wgmma.cu
 DECODE_TOKENS = (8, 16, 32, 64, 128)  # sizes of a token tile that int8_wgmma_decode.cu is compiled for
+QUANTIZED_COLUMNS = 8192  # of a row in one block of int8_quantize.cu
 _SLACK = 1024  # stages start at a multiple of 1024 bytes
 _MULTIPROCESSOR_BYTES = 228 * 1024  # shared memory of sm_90
 _BLOCK_BYTES = 2048  # of a decode block beside its stages: 1024 are the system's, columns and barriers
+
+
+def sum_bytes(rows: int, tokens: int) -> int:
+    """Of the int32 sums of a decode block, padded to where stages and codes may start."""
+    return -(-rows * (tokens + 2) * 4 // 1024) * 1024
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,23 @@ class Decode:
     rows: int
     stages: int
     split: int
+    quantize: bool = False
+    prefetch: int = 0
 
-    @property
-    def shared_bytes(self) -> int:
-        """Of one block: the stages, over which the int32 sums come to lie."""
-        return max(self.stages * (self.rows + self.tokens) * STEP, self.tokens * (self.rows + 4) * 4) + _SLACK
+    def shared_bytes(self, columns: int) -> int:
+        """Of one block, for weights of so many columns: stages, the int32 sums of all, and codes that it makes."""
+        sums = sum_bytes(self.rows, self.tokens)
+        steps = -(-columns // (STEP * self.split))
+        stages = self.stages * (self.rows + (0 if self.quantize else self.tokens)) * STEP
+        stages = max(stages, sums) if self.split == 1 else stages + sums  # undivided, sums lie over the stages
+        return stages + (steps * self.tokens * STEP if self.quantize else 0) + _SLACK
 
     @property
     def defines(self) -> tuple[tuple[str, int], ...]:
-        return (("ROWS", self.rows), ("SPLIT", self.split), ("STAGES", self.stages), ("TOKENS", self.tokens))
+        return (
+            *(("PREFETCH", self.prefetch), ("QUANTIZE", int(self.quantize)), ("ROWS", self.rows)),
+            *(("SPLIT", self.split), ("STAGES", self.stages), ("TOKENS", self.tokens)),
+        )
 
 
 def refusal(q: Tensor) -> str | None:
@@ -71,7 +85,8 @@ def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
     if tile > 64:
         return Decode(tile, rows, 4 if blocks * split <= processors else 3, split)
     most, needed = 6 if tile <= 8 else 4, -(-blocks * split // processors)  # blocks a multiprocessor
-    fitting = (_MULTIPROCESSOR_BYTES // needed - _SLACK - _BLOCK_BYTES) // ((rows + tile) * STEP)
+    taken = _SLACK + _BLOCK_BYTES + (sum_bytes(rows, tile) if split > 1 else 0)
+    fitting = (_MULTIPROCESSOR_BYTES // needed - taken) // ((rows + tile) * STEP)
     return Decode(tile, rows, fitting if needed > 3 and fitting >= 3 else most, split)
 
 
@@ -88,9 +103,45 @@ def decode(q: Tensor, codes: Tensor, scaling: Scaling | None = None, config: Dec
     dtype = torch.int32 if scaling is None else scaling.dtype
     out = torch.empty(rows, width, dtype=dtype, device=q.device)
     maps = _map(q, config.tokens), _map(codes, config.rows)
-    kernel = "int8_wgmma_decode", config.defines, config.shared_bytes
-    _launch(kernel, maps, (q, codes, scaling), out, ((blocks, -(-rows // config.tokens), 1), config.rows * 2 + 32))
+    kernel = "int8_wgmma_decode", config.defines, config.shared_bytes(columns)
+    size = (blocks, -(-rows // config.tokens), 1), config.rows * 2 + 32
+    _launch(kernel, maps, (q, codes, scaling), out, size, ("Pi", 0, 0))
     return out
+
+
+def decode_quantizing(x: Tensor, codes: Tensor, scaling: Scaling, config: Decode) -> Tensor:
+    """x float16 or bfloat16 [M, K] quantized per token, times codes int8 [N, K], transposed: [M, N] in x's dtype.
+
+    Of scaling, x_scale and x_zero are not read. Rows of x start at multiples of 16 bytes; K a multiple of 16.
+    """
+    (rows, columns), width = x.shape, codes.shape[0]
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    kernel = "int8_wgmma_decode", config.defines, config.shared_bytes(columns)
+    size = (-(-width // config.rows) * config.split, -(-rows // config.tokens), 1), config.rows * 2 + 32
+    maps = bytes(128), _map(codes, config.rows)
+    _launch(kernel, maps, (x, codes, scaling), out, size, ("Pi", x.data_ptr(), x.stride(0)))
+    return out
+
+
+def quantize_rows(x: Tensor) -> Quantized:
+    """x float16 or bfloat16 [M, K], K a multiple of 8 up to 65536, rows at multiples of 16 bytes: symmetric per token.
+
+    For few tokens: a cluster of blocks a row (int8_quantize.cu).
+    """
+    rows, columns = x.shape
+    q = torch.empty(rows, padded_columns(columns), dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    split = 1
+    while split * QUANTIZED_COLUMNS < columns:
+        split *= 2
+    defines = (("KIND", KINDS[x.dtype]), ("SPLIT", split))
+    loaded = load_kernel("int8_quantize.cu", "int8_quantize", "PPPiii", x.device, defines)
+    loaded.launch(
+        (rows * split, 1, 1), (256, 1, 1),
+        (x.data_ptr(), q.data_ptr(), scale.data_ptr(), x.stride(0), columns, q.shape[1]),
+        0, current_stream(x.device), early=True,
+    )  # fmt: skip
+    return Quantized(q, scale)
 
 
 def choose_columns(tokens: int, width: int, processors: int) -> int:
@@ -136,14 +187,17 @@ def _launch(
     operands: tuple[Tensor, Tensor, Scaling | None],
     out: Tensor,
     size: tuple[tuple[int, int, int], int],
+    more: tuple[str, *tuple[int, ...]] = ("",),
 ) -> None:
-    """kernel: file, defines, shared bytes. size: the grid, and the threads of a block."""
+    """kernel: file, defines, shared bytes. size: the grid, threads of a block. more: layout and values of parameters
+    behind the others.
+    """
     (stem, defines, shared_bytes), (q, codes, scaling), (grid, threads) = kernel, operands, size
     defines = (("KIND", KINDS[out.dtype]), *defines)
-    parameters = "128s" * len(maps) + EPILOGUE + "iii"
+    parameters = "128s" * len(maps) + EPILOGUE + "iii" + more[0]
     loaded = load_kernel(f"{stem}.cu", stem, parameters, q.device, defines, shared_bytes)
     loaded.launch(
-        grid, (threads, 1, 1), (*maps, *epilogue_arguments(out, scaling), len(q), len(codes), q.shape[1]),
+        grid, (threads, 1, 1), (*maps, *epilogue_arguments(out, scaling), len(q), *codes.shape, *more[1:]),
         shared_bytes, current_stream(q.device), early=True,
     )  # fmt: skip
 
