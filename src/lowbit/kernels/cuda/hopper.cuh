@@ -103,17 +103,7 @@ __device__ __forceinline__ void copy_box_to_all(unsigned to, const TensorMap* ma
         :: "r"(to), "l"(map), "r"(k), "r"(r), "r"(barrier), "h"(mask) : "memory");
 }
 
-// A box out of shared memory into the map's matrix, from column c and row r; what lies outside is not written. One thread
-// sends it, and later waits with stores_read before anyone writes there again. What other threads wrote there must have
-// passed shared_to_copy_engine, and then a barrier.
-__device__ __forceinline__ void store_box(const TensorMap* map, int c, int r, unsigned from) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
-                 "cp.async.bulk.commit_group;"
-                 :: "l"(map), "r"(c), "r"(r), "r"(from) : "memory");
-}
-template <int PENDING> __device__ __forceinline__ void stores_read() {  // all but the newest PENDING boxes were read
-    asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(PENDING) : "memory");
-}
+// Shared memory that this thread wrote, made visible to the copy engine and to wgmma; a barrier follows.
 __device__ __forceinline__ void shared_to_copy_engine() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

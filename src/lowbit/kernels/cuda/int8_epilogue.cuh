@@ -84,8 +84,15 @@ __device__ __forceinline__ void read_columns(Column* columns, const Epilogue& e,
 
 // Two neighbours of 16 bits each, the first in the low half.
 __device__ __forceinline__ unsigned pair(float first, float second) {
+#if __CUDA_ARCH__ >= 800
+    unsigned two;
+    if (KIND == 1) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(second), "f"(first));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(second), "f"(first));
+    return two;
+#else
     if (KIND == 1) return half_bits(first) | (unsigned)half_bits(second) << 16;
     return bfloat_bits(first) | (unsigned)bfloat_bits(second) << 16;
+#endif
 }
 
 // One output, at `at` = m N + n.

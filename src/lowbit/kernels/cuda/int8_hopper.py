@@ -15,7 +15,7 @@ from lowbit.kernels.cuda.tensor_map import tensor_map
 from lowbit.kernels.int8 import Quantized, Scaling, padded_columns
 
 STEP = 128  # bytes along K in one box
-TILE_M, STAGES, CHUNK_BYTES = 128, 4, 64 * 128  # of int8_wgmma.cu
+TILE_M, STAGES = 128, 4  # of int8_wgmma.cu
 DECODE_TOKENS = (8, 16, 32, 64, 128)  # sizes of a token tile that int8_wgmma_decode.cu is compiled for
 QUANTIZED_COLUMNS = 8192  # of a row in one block of int8_quantize.cu
 _SLACK = 1024  # stages start at a multiple of 1024 bytes
@@ -157,8 +157,8 @@ def choose_columns(tokens: int, width: int, processors: int) -> int:
 
 
 def prefill_bytes(tile_n: int) -> int:
-    """Shared memory of a prefill block: stages, two chunks of y and the columns' scales per warpgroup, barriers."""
-    return STAGES * (TILE_M + tile_n) * STEP + 4 * CHUNK_BYTES + 2 * tile_n * 4 + 2 * STAGES * 8
+    """Shared memory of a prefill block: stages, three numbers a column for either warpgroup, barriers."""
+    return STAGES * (TILE_M + tile_n) * STEP + 2 * 3 * tile_n * 4 + 2 * STAGES * 8
 
 
 def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None, tile_n: int | None = None) -> Tensor:
@@ -167,9 +167,9 @@ def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None, tile_n: in
     tile_n = tile_n or choose_columns(q.shape[0], codes.shape[0], processors)
     tiles = -(-q.shape[0] // (2 * TILE_M)) * -(-codes.shape[0] // tile_n)
     out = torch.empty(q.shape[0], codes.shape[0], dtype=dtype, device=q.device)
-    staged = out.shape[1] * out.itemsize % 16 == 0
-    maps = _map(q, TILE_M), _map(codes, tile_n // 2), _map(out, 64) if staged else bytes(128)
-    kernel = "int8_wgmma", (("STAGED", int(staged)), ("TILE_N", tile_n)), prefill_bytes(tile_n)
+    aligned = out.shape[1] * out.itemsize % 16 == 0
+    maps = _map(q, TILE_M), _map(codes, tile_n // 2)
+    kernel = "int8_wgmma", (("ALIGNED", int(aligned)), ("TILE_N", tile_n)), prefill_bytes(tile_n)
     _launch(kernel, maps, (q, codes, scaling), out, ((min(tiles, processors // 2) * 2, 1, 1), 384))
     return out
 
@@ -208,4 +208,4 @@ def _processors(device: torch.device) -> int:
 
 
 def _map(matrix: Tensor, box_rows: int) -> bytes:
-    return tensor_map(matrix.data_ptr(), *matrix.shape, box_rows, matrix.itemsize)
+    return tensor_map(matrix.data_ptr(), *matrix.shape, box_rows)
