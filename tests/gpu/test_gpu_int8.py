@@ -160,6 +160,21 @@ def test_a_decode_kernel_that_quantizes_gives_the_bits_of_two(shape: tuple[int, 
     assert torch.equal(int8_hopper.decode_quantizing(x, w, scaling, config), wanted)
 
 
+@pytest.mark.parametrize("rows_first", [1, 8])
+@pytest.mark.parametrize("shape", [(300, 520, 4096), (2100, 4096, 1024), (700, 1000, 8192), (513, 264, 14336),
+                                   (257, 100, 28672)], ids=str)  # fmt: skip
+def test_a_prefill_kernel_that_quantizes_gives_the_bits_of_two(shape: tuple[int, int, int], rows_first: int) -> None:
+    _skip_unless_it_runs("prefill")
+    M, N, K = shape  # noqa: N806
+    x, (_, w, _) = torch.randn(M, K, device="cuda").bfloat16(), _operands(1, N, K)
+    made = int8_quantize.quantize_rows(x)
+    for bias in (None, torch.randn(N, device="cuda").bfloat16()):
+        scaling = Scaling(torch.bfloat16, made.scale, torch.rand(N, device="cuda"), bias=bias)
+        wanted = int8_hopper.prefill(made.q, w, scaling)
+        for _ in range(3):
+            assert torch.equal(int8_hopper.prefill_quantizing(x, w, scaling, rows_first), wanted)
+
+
 @pytest.mark.parametrize("split", [1, 2, 8])
 @pytest.mark.parametrize(("tokens", "rows"), [(8, 64), (64, 64), (64, 128), (128, 128)])
 def test_parts_of_k_add_up_exactly(tokens: int, rows: int, split: int) -> None:

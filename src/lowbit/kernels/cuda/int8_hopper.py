@@ -3,7 +3,7 @@
 Both read x and w through tensor maps (tensor_map.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -16,6 +16,7 @@ from lowbit.kernels.int8 import Quantized, Scaling, padded_columns
 
 STEP = 128  # bytes along K in one box
 TILE_M, STAGES = 128, 4  # of int8_wgmma.cu
+MOST_TOKENS = 131072  # that prefill_quantizing counts
 DECODE_TOKENS = (8, 16, 32, 64, 128)  # sizes of a token tile that int8_wgmma_decode.cu is compiled for
 QUANTIZED_COLUMNS = 8192  # of a row in one block of int8_quantize.cu
 _SLACK = 1024  # stages start at a multiple of 1024 bytes
@@ -163,15 +164,58 @@ def prefill_bytes(tile_n: int) -> int:
 
 def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None, tile_n: int | None = None) -> Tensor:
     """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling."""
-    processors, dtype = _processors(q.device), torch.int32 if scaling is None else scaling.dtype
-    tile_n = tile_n or choose_columns(q.shape[0], codes.shape[0], processors)
-    tiles = -(-q.shape[0] // (2 * TILE_M)) * -(-codes.shape[0] // tile_n)
-    out = torch.empty(q.shape[0], codes.shape[0], dtype=dtype, device=q.device)
-    aligned = out.shape[1] * out.itemsize % 16 == 0
-    maps = _map(q, TILE_M), _map(codes, tile_n // 2)
-    kernel = "int8_wgmma", (("ALIGNED", int(aligned)), ("TILE_N", tile_n)), prefill_bytes(tile_n)
-    _launch(kernel, maps, (q, codes, scaling), out, ((min(tiles, processors // 2) * 2, 1, 1), 384))
+    dtype = torch.int32 if scaling is None else scaling.dtype
+    out = torch.empty(len(q), len(codes), dtype=dtype, device=q.device)
+    tile_n = tile_n or choose_columns(len(q), len(codes), _processors(q.device))
+    _launch_prefill(q, codes, scaling, out, (("TILE_N", tile_n),), ("PiPP", 0, 0, 0, 0))
     return out
+
+
+def prefill_quantizing(x: Tensor, codes: Tensor, scaling: Scaling, rows_first: int | None = None) -> Tensor:
+    """x float16 or bfloat16 [M, K] quantized per token, times codes int8 [N, K], transposed: [M, N] in x's dtype.
+
+    Of scaling, x_scale and x_zero are not read. Rows of x start at multiples of 16 bytes; K a multiple of 16.
+    rows_first: quantized before the first product, in units of 256; the others meanwhile.
+    """
+    tokens, columns = x.shape
+    out = torch.empty(tokens, len(codes), dtype=x.dtype, device=x.device)
+    q = torch.empty(tokens, columns, dtype=torch.int8, device=x.device)
+    scaling = replace(scaling, x_scale=torch.empty(tokens, dtype=torch.float32, device=x.device))
+    processors = _processors(x.device)
+    tile_n = choose_columns(tokens, len(codes), processors)
+    group = rows_first or choose_first(tokens, -(-len(codes) // tile_n), processors)
+    warps = 1 if columns <= 4096 else 2 if columns <= 8192 else 4
+    defines = (("GROUP", group), ("QUANTIZE", 1), ("TILE_N", tile_n), ("WARPS", warps))
+    counters = _counters(x.device, current_stream(x.device))
+    _launch_prefill(
+        q, codes, scaling, out, defines, ("PiPP", x.data_ptr(), x.stride(0), q.data_ptr(), counters.data_ptr())
+    )
+    return out
+
+
+def choose_first(tokens: int, wide: int, processors: int) -> int:
+    """Units of 256 rows to quantize before the first product, which are also those that stay in the L2 together: as few
+    as fill the chip.
+    """
+    return min(-(-processors // 2 // wide), 8, -(-tokens // (2 * TILE_M)))
+
+
+@lru_cache
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """Zeros, which a launch leaves as zeros (int8_rows.cuh). Streams have their own: launches of one follow each other."""
+    return torch.zeros(16 + MOST_TOKENS // TILE_M, dtype=torch.int32, device=device)
+
+
+def _launch_prefill(
+    q: Tensor, codes: Tensor, scaling: Scaling | None, out: Tensor, defines: tuple[tuple[str, int], ...],
+    more: tuple[str, *tuple[int, ...]],
+) -> None:  # fmt: skip
+    tile_n = dict(defines)["TILE_N"]
+    tiles = -(-len(q) // (2 * TILE_M)) * -(-len(codes) // tile_n)
+    defines = (("ALIGNED", int(out.shape[1] * out.itemsize % 16 == 0)), *defines)
+    kernel = "int8_wgmma", defines, prefill_bytes(tile_n)
+    size = (min(tiles, _processors(q.device) // 2) * 2, 1, 1), 384
+    _launch(kernel, (_map(q, TILE_M), _map(codes, tile_n // 2)), (q, codes, scaling), out, size, more)
 
 
 def product(q: Tensor, codes: Tensor, scaling: Scaling | None = None) -> Tensor:

@@ -33,6 +33,12 @@
 #include "hopper.cuh"
 #include "int8_epilogue.cuh"
 #include "wgmma_s8.cuh"
+#ifndef QUANTIZE
+#define QUANTIZE 0
+#endif
+#if QUANTIZE
+#include "int8_rows.cuh"
+#endif
 
 constexpr int TILE_M = 128, STEP = 128;
 #ifndef TILE_N
@@ -174,7 +180,7 @@ __device__ __forceinline__ void write_single(const int (&d)[SUMS], const Target&
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
 int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, EPILOGUE_PARAMETERS,
-           int M, int N, int K) {
+           int M, int N, int K, const unsigned short* x, int x_row, signed char* q, unsigned* counters) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Epilogue e = EPILOGUE;
     unsigned stages = shared_address(memory), full = stages + BARRIERS_AT, empty = full + STAGES * 8;
@@ -194,23 +200,35 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     }
     cluster_barrier();
     let_next_start();
+    unsigned short below = ((1 << CLUSTER_M) - 1) << (right * CLUSTER_M), beside = 0;
+    int ahead = min(STAGES, steps);  // stages that have w before the loop comes to them
+    if (threadIdx.x == 0) {
+        int n = place(blockIdx.x / CLUSTER, high, wide, down, right).n0 + down * (TILE_N / CLUSTER_M);
+        for (int s = 0; s < ahead; s++) {
+            unsigned to = stages + s * STAGE_BYTES + X_BYTES + down * (W_BYTES / CLUSTER_M);
+            barrier_expect(full + s * 8, STAGE_BYTES);
+            fetch(to, &w_map, s * STEP, n, full + s * 8, CLUSTER_M, below);
+        }
+    }
+#if QUANTIZE
+    wait_for_previous();
+    Rows rows{x, x_row, M, K, q, (float*)e.x_scale, counters};
+    int first_rows = min(M, GROUP * CLUSTER_M * TILE_M);
+    quantize_first_rows(rows, first_rows);
+#endif
 
     if (group == 0) {
-        give_registers<40>();
+        give_registers<QUANTIZE ? 88 : 40>();
         if (threadIdx.x == 0) {
-            unsigned short beside = 0, below = ((1 << CLUSTER_M) - 1) << (right * CLUSTER_M);
             for (int i = 0; i < CLUSTER_N; i++) beside |= 1 << (i * CLUSTER_M + down);
-            int stage = 0, parity = 1, ahead = min(STAGES, steps);  // stages that have w before the loop comes to them
-            Tile tile = place(blockIdx.x / CLUSTER, high, wide, down, right);
-            for (int s = 0; s < ahead; s++) {
-                unsigned to = stages + s * STAGE_BYTES + X_BYTES + down * (W_BYTES / CLUSTER_M);
-                barrier_expect(full + s * 8, STAGE_BYTES);
-                fetch(to, &w_map, s * STEP, tile.n0 + down * (TILE_N / CLUSTER_M), full + s * 8, CLUSTER_M, below);
-            }
+            int stage = 0, parity = 1;
             wait_for_previous();
             for (int index = blockIdx.x / CLUSTER; index < tiles; index += gridDim.x / CLUSTER) {
-                tile = place(index, high, wide, down, right);
+                Tile tile = place(index, high, wide, down, right);
                 int m = tile.m0 + right * (TILE_M / CLUSTER_N), n = tile.n0 + down * (TILE_N / CLUSTER_M);
+#if QUANTIZE
+                if (m < M) rows.wait(m);
+#endif
                 for (int step = 0; step < steps; step++) {
                     unsigned here = stages + stage * STAGE_BYTES, arrived = full + stage * 8;
                     unsigned x_to = here + right * (X_BYTES / CLUSTER_N);
@@ -225,9 +243,12 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
                 }
             }
         }
+#if QUANTIZE
+        if (threadIdx.x >= 32) quantize_other_rows(rows, first_rows);
+#endif
         __syncwarp();
     } else {
-        take_registers<232>();
+        take_registers<QUANTIZE ? 208 : 232>();
         int thread = threadIdx.x % 128, stage = 0, parity = 0, target = sharer(thread % SHARERS, down, right);
         float* columns = (float*)(memory + COLUMNS_AT) + (group - 1) * 3 * TILE_N;
         Target to;
@@ -244,7 +265,7 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
                     next[i] = n < N ? read_column(e, n) : Column{0.0f, 0.0f, 0};
                 }
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
+                for (int half = 0; half < 2 && !QUANTIZE; half++) {
                     int m = to.m0 + thread / 32 * 16 + thread % 32 / 4 + half * 8;
                     to.rows[half] = m < M ? read_row(e, m) : Row{0.0f, 0};
                 }
@@ -255,6 +276,14 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
                 unsigned long long a = descriptor(stages + stage * STAGE_BYTES + (group - 1) * 64 * STEP);
                 unsigned long long b = descriptor(stages + stage * STAGE_BYTES + X_BYTES);
                 barrier_wait(full + stage * 8, parity);
+#if QUANTIZE
+                if (step == 0)  // the rows are ready, and so are their scales
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        int m = to.m0 + thread / 32 * 16 + thread % 32 / 4 + half * 8;
+                        to.rows[half] = Row{m < M ? read_fresh(e.x_scale + m) : 0.0f, 0};
+                    }
+#endif
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < 2; k++) wgmma(d, a + k * 2, b + k * 2, step > 0 || k > 0);
@@ -286,4 +315,7 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         }
     }
     cluster_meet();  // a block must not leave while the other may still send to it
+#if QUANTIZE
+    reset_counters(rows);
+#endif
 }
