@@ -186,10 +186,9 @@ def prefill_quantizing(x: Tensor, codes: Tensor, scaling: Scaling, rows_first: i
     group = rows_first or choose_first(tokens, -(-len(codes) // tile_n), processors)
     warps = 1 if columns <= 4096 else 2 if columns <= 8192 else 4
     defines = (("GROUP", group), ("QUANTIZE", 1), ("TILE_N", tile_n), ("WARPS", warps))
-    counters = _counters(x.device, current_stream(x.device))
-    _launch_prefill(
-        q, codes, scaling, out, defines, ("PiPP", x.data_ptr(), x.stride(0), q.data_ptr(), counters.data_ptr())
-    )
+    counters = _counters(x.device).address(current_stream(x.device))
+    more = "PiPP", x.data_ptr(), x.stride(0), q.data_ptr(), counters
+    _launch_prefill(q, codes, scaling, out, defines, more)
     return out
 
 
@@ -200,10 +199,24 @@ def choose_first(tokens: int, wide: int, processors: int) -> int:
     return min(-(-processors // 2 // wide), 8, -(-tokens // (2 * TILE_M)))
 
 
-@lru_cache
-def _counters(device: torch.device, stream: int) -> Tensor:
-    """Zeros, which a launch leaves as zeros (int8_rows.cuh). Streams have their own: launches of one follow each other."""
-    return torch.zeros(16 + MOST_TOKENS // TILE_M, dtype=torch.int32, device=device)
+class _Counters:
+    """For each stream zeros, which a launch leaves as zeros (int8_rows.cuh): the launches of one follow each other.
+
+    All are made at once, by the first launch of a process: within a graph's capture nothing would make them zero.
+    """
+
+    STREAMS = 64
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(self.STREAMS, 16 + MOST_TOKENS // TILE_M, dtype=torch.int32, device=device)
+        self.rows: dict[int, int] = {}
+
+    def address(self, stream: int) -> int:
+        row = self.rows.setdefault(stream, len(self.rows) % self.STREAMS)
+        return self.values.data_ptr() + row * self.values.stride(0) * 4
+
+
+_counters = lru_cache(_Counters)
 
 
 def _launch_prefill(
