@@ -157,7 +157,7 @@ def test_a_decode_kernel_that_quantizes_gives_the_bits_of_two(shape: tuple[int, 
     scaling = Scaling(torch.bfloat16, made.scale, torch.rand(N, device="cuda"), bias=bias)
     config = int8_hopper.Decode(8 if M <= 8 else 16, 64, 4, split, quantize=True, prefetch=2)
     wanted = int8_hopper.decode(made.q, w, scaling)
-    assert torch.equal(int8_hopper.decode_quantizing(x, w, scaling, config), wanted)
+    assert torch.equal(int8_hopper.decode_quantizing(x, w, scaling.w_scale, bias, config), wanted)
 
 
 @pytest.mark.parametrize("rows_first", [1, 8])
@@ -172,7 +172,7 @@ def test_a_prefill_kernel_that_quantizes_gives_the_bits_of_two(shape: tuple[int,
         scaling = Scaling(torch.bfloat16, made.scale, torch.rand(N, device="cuda"), bias=bias)
         wanted = int8_hopper.prefill(made.q, w, scaling)
         for _ in range(3):
-            assert torch.equal(int8_hopper.prefill_quantizing(x, w, scaling, rows_first), wanted)
+            assert torch.equal(int8_hopper.prefill_quantizing(x, w, scaling.w_scale, bias, rows_first), wanted)
 
 
 @pytest.mark.parametrize("split", [1, 2, 8])

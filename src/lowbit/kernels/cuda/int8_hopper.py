@@ -3,7 +3,7 @@
 Both read x and w through tensor maps (tensor_map.py).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -110,24 +110,36 @@ def decode(q: Tensor, codes: Tensor, scaling: Scaling | None = None, config: Dec
     return out
 
 
-def decode_quantizing(x: Tensor, codes: Tensor, scaling: Scaling, config: Decode) -> Tensor:
-    """x float16 or bfloat16 [M, K] quantized per token, times codes int8 [N, K], transposed: [M, N] in x's dtype.
+def decode_quantizing(x: Tensor, codes: Tensor, w_scale: Tensor, bias: Tensor | None, config: Decode) -> Tensor:
+    """x [M, K] quantized per token, times codes int8 [N, K], transposed, scaled, plus bias [N]: [M, N] in x's dtype.
 
-    Of scaling, x_scale and x_zero are not read. Rows of x start at multiples of 16 bytes; K a multiple of 16.
+    x is one of those that `takes_floats` allows; config quantizes.
     """
     (rows, columns), width = x.shape, codes.shape[0]
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     kernel = "int8_wgmma_decode", config.defines, config.shared_bytes(columns)
     size = (-(-width // config.rows) * config.split, -(-rows // config.tokens), 1), config.rows * 2 + 32
     maps = bytes(128), _map(codes, config.rows)
+    scaling = Scaling(x.dtype, w_scale, w_scale, bias=bias)  # of x's scale the kernel makes its own
     _launch(kernel, maps, (x, codes, scaling), out, size, ("Pi", x.data_ptr(), x.stride(0)))
     return out
 
 
-def quantize_rows(x: Tensor) -> Quantized:
-    """x float16 or bfloat16 [M, K], K a multiple of 8 up to 65536, rows at multiples of 16 bytes: symmetric per token.
+def takes_floats(x: Tensor) -> bool:
+    """Whether the kernels that quantize x [M, K] themselves can read it: 16-bit floats in rows of whole 16 bytes."""
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and x.stride(1) == 1
+        and x.shape[1] % 16 == 0
+        and x.stride(0) % 8 == 0
+        and x.data_ptr() % 16 == 0
+    )
 
-    For few tokens: a cluster of blocks a row (int8_quantize.cu).
+
+def quantize_rows(x: Tensor) -> Quantized:
+    """x [M, K] symmetric per token, a cluster of blocks a row (int8_quantize.cu): for few tokens.
+
+    x is one of those that `takes_floats` allows, K at most 65536.
     """
     rows, columns = x.shape
     q = torch.empty(rows, padded_columns(columns), dtype=torch.int8, device=x.device)
@@ -171,16 +183,18 @@ def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None, tile_n: in
     return out
 
 
-def prefill_quantizing(x: Tensor, codes: Tensor, scaling: Scaling, rows_first: int | None = None) -> Tensor:
-    """x float16 or bfloat16 [M, K] quantized per token, times codes int8 [N, K], transposed: [M, N] in x's dtype.
+def prefill_quantizing(
+    x: Tensor, codes: Tensor, w_scale: Tensor, bias: Tensor | None, rows_first: int | None = None
+) -> Tensor:
+    """x [M, K] quantized per token, times codes int8 [N, K], transposed, scaled, plus bias [N]: [M, N] in x's dtype.
 
-    Of scaling, x_scale and x_zero are not read. Rows of x start at multiples of 16 bytes; K a multiple of 16.
-    rows_first: quantized before the first product, in units of 256; the others meanwhile.
+    x is one of those that `takes_floats` allows. rows_first: quantized before the first product, in units of 256; the
+    others meanwhile.
     """
     tokens, columns = x.shape
     out = torch.empty(tokens, len(codes), dtype=x.dtype, device=x.device)
     q = torch.empty(tokens, columns, dtype=torch.int8, device=x.device)
-    scaling = replace(scaling, x_scale=torch.empty(tokens, dtype=torch.float32, device=x.device))
+    scaling = Scaling(x.dtype, torch.empty(tokens, dtype=torch.float32, device=x.device), w_scale, bias=bias)
     processors = _processors(x.device)
     tile_n = choose_columns(tokens, len(codes), processors)
     group = rows_first or choose_first(tokens, -(-len(codes) // tile_n), processors)
