@@ -83,6 +83,11 @@ def hopper_linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> Tensor:
     """x [M, K] quantized to int8, times int8 codes [N, K], transposed, scaled: [M, N] in x's dtype."""
+    scheme = weight.scheme.activations
+    assert scheme is not None
+    if x.shape[0] and scheme.dynamic and scheme.symmetric and int8_hopper.takes_floats(x):
+        assert isinstance(weight.scale, Tensor)
+        return int8_hopper.linear(x, int8_weight(weight).codes, weight.scale, bias)
     return _linear(int8_hopper.product, x, weight, bias, (scale, zero))
 
 
