@@ -1,6 +1,11 @@
 // Hopper's machinery as functions (sm_90a): mbarriers, the bulk tensor copy engine (TMA), clusters, programmatic launch.
 // PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "barrier.cluster", "griddepcontrol", "setmaxnreg".
 #pragma once
+#ifndef EMULATED  // tests/kernels/cuda/emulated_int8.hpp defines the same in C++
+
+// A block's shared memory: of a fixed type, and what the launch asks for.
+#define SHARED(type, name) __shared__ __align__(16) type name
+#define DYNAMIC_SHARED(name, alignment) extern __shared__ __align__(alignment) unsigned char name[]
 
 struct alignas(64) TensorMap { unsigned char opaque[128]; };  // CUtensorMap, filled by cuTensorMapEncodeTiled
 
@@ -127,3 +132,29 @@ template <int REGISTERS> __device__ __forceinline__ void take_registers() {
 template <int REGISTERS> __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
 }
+
+__device__ __forceinline__ void store_shared(unsigned to, uint2 words) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(to), "r"(words.x), "r"(words.y) : "memory");
+}
+
+// ---- blocks that work for each other within a launch, through global memory ----
+// What this thread wrote, and read, made known to the copy engine, and its writes to this thread.
+__device__ __forceinline__ void all_proxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Who sees the sum sees what stood before.
+__device__ __forceinline__ void add_one(unsigned* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
+}
+__device__ __forceinline__ void wait_until(const unsigned* counter, unsigned wanted) {
+    unsigned have;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(have) : "l"(counter) : "memory");
+    while (have < wanted);
+}
+
+// A number that another block may have written while this kernel ran.
+__device__ __forceinline__ float load_fresh(const float* at) {
+    float value;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
+    return value;
+}
+#endif

@@ -10,29 +10,17 @@
 #pragma once
 #include "int8_epilogue.cuh"
 
-#if KIND == 1
-#define PAIR_TYPE "f16x2"
-constexpr float SCALE_OF_ZEROS = 0.0009765625f;  // epsilon of float16
-#else
-#define PAIR_TYPE "bf16x2"
-constexpr float SCALE_OF_ZEROS = 0.0078125f;  // of bfloat16
-#endif
+// epsilon of x's type
+constexpr float SCALE_OF_ZEROS = KIND == 1 ? 0.0009765625f : 0.0078125f;
 constexpr int CHUNK = 8;
 
-__device__ __forceinline__ float widened(unsigned short bits) {
-    if (KIND == 2) return __uint_as_float((unsigned)bits << 16);
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-}
+__device__ __forceinline__ float widened(unsigned short bits) { return KIND == 1 ? half_value(bits) : bfloat_value(bits); }
 __device__ __forceinline__ float low(unsigned two) { return widened((unsigned short)two); }
 __device__ __forceinline__ float high(unsigned two) { return widened((unsigned short)(two >> 16)); }
 
 // The larger of a and |v|, for both halves.
 __device__ __forceinline__ unsigned larger(unsigned a, unsigned v) {
-    unsigned made;
-    asm("{\n.reg .b32 t;\nabs." PAIR_TYPE " t, %2;\nmax." PAIR_TYPE " %0, %1, t;\n}" : "=r"(made) : "r"(a), "r"(v));
-    return made;
+    return KIND == 1 ? larger_halves(a, v) : larger_bfloats(a, v);
 }
 
 // The largest magnitude of a chunk as the bits of a float32: comparing those as integers compares the magnitudes.

@@ -17,13 +17,13 @@ constexpr int THREADS = 256, HELD = 4;
 
 extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS)
 int8_quantize(const unsigned short* x, signed char* q, float* scale, int x_row, int K, int pitch) {
-    __shared__ unsigned tops[SPLIT], mine;
-    __shared__ __align__(8) unsigned long long barrier;
+    struct Board { unsigned long long barrier; unsigned tops[SPLIT], mine; };
+    SHARED(Board, board);
     int rank = blockIdx.x % SPLIT, m = blockIdx.x / SPLIT, chunks = K / CHUNK;
     int first = chunks * rank / SPLIT, last = chunks * (rank + 1) / SPLIT;
-    unsigned arrived = shared_address(&barrier);
+    unsigned arrived = shared_address(&board.barrier);
     if (threadIdx.x == 0) {
-        mine = 0;
+        board.mine = 0;
         barrier_init(arrived, 1);
         barrier_expect(arrived, SPLIT * 4);
         barrier_init_fence();
@@ -43,16 +43,16 @@ int8_quantize(const unsigned short* x, signed char* q, float* scale, int x_row, 
 #pragma unroll
     for (int i = 0; i < HELD; i++) top = max(top, largest(held[i]));
     top = __reduce_max_sync(0xffffffffu, top);
-    if (threadIdx.x % 32 == 0) atomicMax(&mine, top);
+    if (threadIdx.x % 32 == 0) atomicMax(&board.mine, top);
     __syncthreads();
-    top = mine;
+    top = board.mine;
     if (SPLIT > 1) {
         cluster_wait();  // all blocks have their barriers ready
         if (threadIdx.x < SPLIT)
-            send(remote_address(shared_address(&tops[rank]), threadIdx.x), top, remote_address(arrived, threadIdx.x));
+            send(remote_address(shared_address(&board.tops[rank]), threadIdx.x), top, remote_address(arrived, threadIdx.x));
         barrier_wait(arrived, 0);
 #pragma unroll
-        for (int i = 0; i < SPLIT; i++) top = max(top, tops[i]);
+        for (int i = 0; i < SPLIT; i++) top = max(top, board.tops[i]);
     }
     Grid grid = grid_of(top);
 #pragma unroll

@@ -29,23 +29,15 @@ struct Rows {
     // Tell that row m is written. By one thread of those that wrote it, after a barrier among them.
     __device__ __forceinline__ void count(int m) const {
         __threadfence();
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counters + READY + m / 128) : "memory");
+        add_one(counters + READY + m / 128);
     }
     // Until the 128 rows from m on are ready for the copy engine.
     __device__ __forceinline__ void wait(int m) const {
-        unsigned wanted = min(128, M - m), have;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(have) : "l"(counters + READY + m / 128) : "memory");
-        while (have < wanted);
-        asm volatile("fence.proxy.async;" ::: "memory");
+        unsigned wanted = min(128, M - m);
+        wait_until(counters + READY + m / 128, wanted);
+        all_proxies();
     }
 };
-
-// Another block may have written it while this kernel ran.
-__device__ __forceinline__ float read_fresh(const float* at) {
-    float value;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
-    return value;
-}
 
 // Row m by a team, whose threads hold HELD chunks each; what is longer is read twice. `thread` within the team, `id` the
 // team's barrier, `tops` a word for each of its warps.
@@ -79,7 +71,7 @@ __device__ __forceinline__ void quantize_row(const Rows& rows, int m, int thread
     for (int c = HELD * TEAM + thread; c < chunks; c += TEAM)
         *(uint2*)(q + c * CHUNK) = codes_of(*(const uint4*)(x + c * CHUNK), grid);
     if (thread == 0) rows.scale[m] = grid.scale;
-    asm volatile("fence.proxy.async;" ::: "memory");  // the copy engine will read this
+    all_proxies();  // the copy engine will read this
     if (WARPS > 1) named_barrier(id, TEAM);
     else __syncwarp();
     if (thread == 0) rows.count(m);
@@ -87,19 +79,20 @@ __device__ __forceinline__ void quantize_row(const Rows& rows, int m, int thread
 
 // By all threads of a block: rows below `first_rows`, up to a row a team at once.
 __device__ __forceinline__ void quantize_first_rows(const Rows& rows, int first_rows) {
-    __shared__ unsigned taken, tops[12];
+    struct Board { unsigned taken, tops[12]; };
+    SHARED(Board, board);
     int batch = min(TEAMS, (first_rows + (int)gridDim.x - 1) / (int)gridDim.x);
     int team = threadIdx.x / TEAM;
     unsigned next = 0;
     if (threadIdx.x == 0) next = atomicAdd(&rows.counters[0], batch);
     while (true) {
-        if (threadIdx.x == 0) taken = next;
+        if (threadIdx.x == 0) board.taken = next;
         __syncthreads();
-        int m = taken;
+        int m = board.taken;
         if (m >= first_rows) return;
         if (threadIdx.x == 0) next = atomicAdd(&rows.counters[0], batch);  // asked for early: it takes a while
         m += team;
-        if (team < batch && m < first_rows) quantize_row(rows, m, threadIdx.x % TEAM, 3 + team, tops + team * WARPS);
+        if (team < batch && m < first_rows) quantize_row(rows, m, threadIdx.x % TEAM, 3 + team, board.tops + team * WARPS);
         __syncthreads();
     }
 }
@@ -135,7 +128,7 @@ __device__ __forceinline__ void quantize_other_rows(const Rows& rows, int first_
                 if (start + i * 32 < chunks) *(uint2*)(q + (start + i * 32) * CHUNK) = codes_of(chunk[i], grid);
         }
         if (lane == 0) rows.scale[m] = grid.scale;
-        asm volatile("fence.proxy.async;" ::: "memory");
+        all_proxies();
         __syncwarp();
         if (lane == 0) rows.count(m);
     }
@@ -143,7 +136,7 @@ __device__ __forceinline__ void quantize_other_rows(const Rows& rows, int first_
 
 // By all threads, once this block has read all that it will: the last block of the grid leaves the counters at zero.
 __device__ __forceinline__ void reset_counters(const Rows& rows) {
-    __shared__ bool is_last;
+    SHARED(bool, is_last);
     if (threadIdx.x == 0) {
         __threadfence();
         is_last = atomicAdd(&rows.counters[2], 1) == gridDim.x - 1;

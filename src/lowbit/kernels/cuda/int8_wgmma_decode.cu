@@ -9,11 +9,13 @@
 //           +-------+-------+-- ... --+               warps 0-3, 4-7, ...  64 rows each
 //    ROWS   | block | block |         |               the last warp        copies: one thread of it
 //    of w   | rank 0| rank 1|         |
-//           +-------+-------+-- ... --+            SPLIT blocks, a cluster, divide K. Each owns ROWS / SPLIT of the rows:
-//                                                  the others send it their int32 sums of these as they finish, counted
-//                                                  on its barrier (st.async), and it adds up and writes. Integers: the
-//                                                  order does not matter, no workspace. A barrier of the cluster and
-//                                                  loads from the other blocks instead cost a round trip more.
+//           +-------+-------+-- ... --+            SPLIT blocks, a cluster, divide K. Each owns ROWS / SPLIT of the rows
+//                                                  and adds up, and writes, their sums. Integers: the order does not
+//                                                  matter, no workspace.
+//
+// Up to 16 tokens a block sends the others their sums as it finishes, counted on their barrier (st.async); a barrier of
+// the cluster and loads from the others cost a round trip more, 0.5 us. Of more tokens the sums need room that another
+// block of the next kernel could have: 4096 x 4096 at M=64 took 14.2 us for 9.1, so there they lie over the stages.
 //
 // blockIdx.y counts tiles of TOKENS tokens: more than one where K divided among blocks is worth reading w again.
 // Small blocks with deep queues (several on a multiprocessor, STAGES boxes each) keep some 200 KB a multiprocessor in
@@ -46,10 +48,12 @@
 #endif
 constexpr int STEP = 128, GROUPS = ROWS / 64, CONSUMERS = GROUPS * 128, THREADS = CONSUMERS + 32;
 constexpr int W_BYTES = ROWS * STEP, X_BYTES = TOKENS * STEP, STAGE_BYTES = W_BYTES + (QUANTIZE ? 0 : X_BYTES);
-constexpr int OWN = ROWS / SPLIT, PITCH = TOKENS + 2;  // of the sums [SPLIT][OWN][PITCH]; + 2: fewer bank conflicts
-constexpr int SUMS_BYTES = (ROWS * PITCH * 4 + 1023) / 1024 * 1024;
-constexpr int SUMS_AT = SPLIT == 1 ? 0 : STAGES * STAGE_BYTES;  // over the stages where nobody else writes there
-constexpr int CODES_AT = STAGES * STAGE_BYTES + (SPLIT == 1 ? 0 : SUMS_BYTES);  // [steps][TOKENS][STEP]
+constexpr bool SENT = SPLIT > 1 && TOKENS <= 16;       // of more tokens the sums stay, and their owners come for them
+constexpr int OWN = ROWS / SPLIT, PITCH = SENT ? TOKENS + 2 : ROWS + 4;  // +: fewer bank conflicts
+constexpr int SUMS_AT = SENT ? STAGES * STAGE_BYTES : 0;  // [SPLIT][OWN][PITCH]; else, over the stages, [TOKENS][PITCH]
+constexpr int SUMS_BYTES = (ROWS * PITCH * 4 + 1023) / 1024 * 1024;            // of those that are sent
+constexpr int CODES_AT = STAGES * STAGE_BYTES + (SENT ? SUMS_BYTES : 0);  // [steps][TOKENS][STEP]
+constexpr bool MEETS = SENT || (QUANTIZE && SPLIT > 1);  // blocks send each other something: all must have their barriers
 
 #if QUANTIZE
 #include "int8_codes.cuh"
@@ -91,7 +95,7 @@ __device__ __forceinline__ void put(Tops& tops, const Share& share, int i, uint4
     if (c == 0) tops.scales[token] = grid.scale;
     uint2 made = codes_of(chunk, grid);  // of 8 columns: half of a 16-byte piece of the swizzle (wgmma_s8.cuh)
     unsigned to = codes + c / 16 * X_BYTES + token * STEP + (c % 16 / 2 ^ token % 8) * 16 + c % 2 * 8;
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(to), "r"(made.x), "r"(made.y) : "memory");
+    store_shared(to, made);
 }
 
 // By the consumers: the codes of a share into shared memory, in wgmma's layout. `told`: the barrier of tops.all.
@@ -133,18 +137,19 @@ __device__ __forceinline__ void quantize_share(Tops& tops, const Share& share, u
 extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS)
 int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, EPILOGUE_PARAMETERS,
                   int M, int N, int K, const unsigned short* x, int x_row) {
-    extern __shared__ unsigned char memory[];
-    __shared__ __align__(8) unsigned long long barriers[2 * STAGES + 2];
-    __shared__ Column columns[ROWS];
+    DYNAMIC_SHARED(memory, 16);
+    struct Board { unsigned long long barriers[2 * STAGES + 2]; Column columns[ROWS]; };
+    SHARED(Board, board);
+    Column* columns = board.columns;
     Epilogue e = EPILOGUE;
     unsigned stages = (shared_address(memory) + 1023) & ~1023u;
     int* sums = (int*)(memory + (stages - shared_address(memory)) + SUMS_AT);
-    unsigned full = shared_address(barriers), empty = full + STAGES * 8, told = empty + STAGES * 8, summed = told + 8;
+    unsigned full = shared_address(board.barriers), empty = full + STAGES * 8, told = empty + STAGES * 8, summed = told + 8;
     int group = threadIdx.x / 128, rank = blockIdx.x % SPLIT, n0 = blockIdx.x / SPLIT * ROWS;
     int t0 = blockIdx.y * TOKENS, tokens = min(TOKENS, M - t0);
     int steps = (K + STEP - 1) / STEP, first = steps * rank / SPLIT, count = steps * (rank + 1) / SPLIT - first;
 #if QUANTIZE
-    __shared__ Tops tops;
+    SHARED(Tops, tops);
     if (threadIdx.x < TOKENS) tops.mine[threadIdx.x] = 0;
 #endif
 
@@ -161,7 +166,7 @@ int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant
     }
     read_columns<ROWS, THREADS>(columns, e, n0, N);
     __syncthreads();
-    if (SPLIT > 1) cluster_arrive();
+    if (MEETS) cluster_arrive();
 
     if (group == GROUPS) {
         if (threadIdx.x == CONSUMERS) {
@@ -187,7 +192,7 @@ int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant
             }
         }
         __syncwarp();
-        if (SPLIT > 1) cluster_wait();
+        if (MEETS) cluster_wait();
     } else {
         int thread = threadIdx.x % 128, lane = thread % 32, stage = 0, parity = 0;
 #if QUANTIZE
@@ -211,31 +216,40 @@ int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant
             if (thread == 0) barrier_arrive(empty + stage * 8);
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
-        if (SPLIT == 1) named_barrier(1, CONSUMERS);  // all stages have been read: their place is free for the sums
-        else if (!QUANTIZE) cluster_wait();           // all blocks have their barriers ready
+        if (!SENT) named_barrier(1, CONSUMERS);  // all stages have been read: their place is free for the sums
+        else if (!QUANTIZE) cluster_wait();
+        int r = group * 64 + thread / 32 * 16 + lane / 4, t = lane % 4 * 2;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int r = group * 64 + thread / 32 * 16 + lane / 4 + half * 8, t = lane % 4 * 2;
-            int* to = sums + (rank * OWN + r % OWN) * PITCH + t;
-            unsigned there = remote_address(shared_address(to), r / OWN), counted = remote_address(summed, r / OWN);
+        for (int half = 0; half < 2; half++, r += 8) {
+            unsigned to = remote_address(shared_address(sums + (rank * OWN + r % OWN) * PITCH + t), r / OWN);
+            unsigned counted = remote_address(summed, r / OWN);
 #pragma unroll
             for (int j = 0; j < TOKENS / 8; j++) {
                 int one = d[j * 4 + half * 2], two = d[j * 4 + half * 2 + 1];
-                if (SPLIT == 1) *(int2*)(sums + r * PITCH + t + j * 8) = make_int2(one, two);
-                else send(there + j * 32, one, two, counted);
+                if (SENT) send(to + j * 32, one, two, counted);
+                else sums[(j * 8 + t) * PITCH + r] = one, sums[(j * 8 + t + 1) * PITCH + r] = two;
             }
         }
     }
-    __syncthreads();
+    if (SPLIT > 1 && !SENT) cluster_barrier();
+    else __syncthreads();
     wait_for_previous();  // the scales of x are the previous kernel's work too, and it may read what is written now
-    if (SPLIT > 1) barrier_wait(summed, 0);
-    for (int i = threadIdx.x; i < tokens * OWN / 2; i += THREADS) {
-        int token = i / (OWN / 2), own = i % (OWN / 2) * 2, m = t0 + token, r = rank * OWN + own;
+    if (SENT) barrier_wait(summed, 0);
+    constexpr int WIDE = SENT ? OWN : ROWS;  // of a token, the rows that are added up together
+    int start = SENT ? threadIdx.x : rank * THREADS + threadIdx.x;
+    for (int i = start; i < tokens * WIDE / 2; i += SENT ? THREADS : SPLIT * THREADS) {
+        int token = i / (WIDE / 2), own = i % (WIDE / 2) * 2, m = t0 + token, r = (SENT ? rank * OWN : 0) + own;
         int2 sum = make_int2(0, 0);
 #pragma unroll
         for (int other = 0; other < SPLIT; other++) {
-            sum.x += sums[(other * OWN + own) * PITCH + token];
-            sum.y += sums[(other * OWN + own + 1) * PITCH + token];
+            int2 part;
+            if (SENT) {
+                const int* first = sums + (other * OWN + own) * PITCH + token;
+                part = make_int2(first[0], first[PITCH]);
+            } else if (SPLIT == 1) part = *(const int2*)(sums + token * PITCH + r);
+            else part = load_remote(remote_address(shared_address(sums + token * PITCH + r), other));
+            sum.x += part.x;
+            sum.y += part.y;
         }
         if (n0 + r >= N) continue;
 #if QUANTIZE
@@ -252,4 +266,5 @@ int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant
             if (n0 + r + 1 < N) store(e, sum.y, scale, columns[r + 1], at + 1);
         }
     }
+    if (SPLIT > 1 && !SENT) cluster_meet();  // a block must not leave while the others still read its sums
 }
