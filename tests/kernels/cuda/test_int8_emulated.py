@@ -48,12 +48,12 @@ def build(function: str, defines: tuple[tuple[str, int], ...], folder: Path) -> 
     )
     assert GXX is not None
     flags = [f"-D{key}={value}" for key, value in defines]
-    # two roundings where the source has two, as NVRTC is told by fmaf where it has one
+    library = wrapper.with_suffix(".so")
+    # contract=off: one rounding where the source says fmaf, else two
     command = [GXX, "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", *flags, "-include", str(HEADER)]
-    done = subprocess.run([*command, str(wrapper), "-o", str(wrapper.with_suffix(".so"))], capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run([*command, str(wrapper), "-o", str(library)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]
-    return ctypes.CDLL(str(wrapper.with_suffix(".so")))
+    return ctypes.CDLL(str(library))
 
 
 def launch(

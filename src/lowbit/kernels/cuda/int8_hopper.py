@@ -9,8 +9,8 @@ from lowbit.kernels.cuda.int8_prefill import MOST_TOKENS, prefill, prefill_quant
 from lowbit.kernels.int8 import Scaling
 from lowbit.optional import late
 
-# From here the prefill kernel quantizes x itself (4096 x 14336: 328 us for 338 at M=4096, 644 for 686 at 8192). Of fewer
-# tokens all rows are among the first, and nothing overlaps (8192 x 8192 at M=1024: 100 us for 94).
+# From here the prefill kernel quantizes x itself (4096 x 14336: 328 us for 338 at M=4096, 644 for 686 at 8192). Of
+# fewer tokens all rows are among the first, and nothing overlaps (8192 x 8192 at M=1024: 100 us for 94).
 MANY_TOKENS = 2048
 
 
