@@ -1,5 +1,7 @@
 """The W8A8 product on Hopper: int8_prefill.py for many tokens, int8_decode.py for few, and who takes what."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from lowbit.optional import late
 # From here the prefill kernel quantizes x itself (4096 x 14336: 328 us for 338 at M=4096, 644 for 686 at 8192). Of
 # fewer tokens all rows are among the first, and nothing overlaps (8192 x 8192 at M=1024: 100 us for 94).
 MANY_TOKENS = 2048
+FEW_TOKENS = 128  # always by the decode kernel; and their rows are quantized by small blocks
 
 
 def refusal(q: Tensor) -> str | None:
@@ -39,7 +42,7 @@ def takes_floats(x: Tensor) -> bool:
 
 def suits_decode(tokens: int, width: int, processors: int) -> bool:
     """Whether the decode kernel is faster: always up to 128 tokens, above while its tiles fit the chip at once."""
-    return tokens <= 128 or -(-tokens // 128) * -(-width // 128) <= processors
+    return tokens <= FEW_TOKENS or -(-tokens // 128) * -(-width // 128) <= processors
 
 
 def product(q: Tensor, codes: Tensor, scaling: Scaling | None = None) -> Tensor:
@@ -55,13 +58,13 @@ def linear(x: Tensor, codes: Tensor, w_scale: Tensor, bias: Tensor | None) -> Te
     x is one of those that `takes_floats` allows. Quantized by the product's own kernel where that pays.
     """
     (tokens, columns), width, processors = x.shape, len(codes), gpu_of(x.device).processors
-    if not suits_decode(tokens, width, processors):
-        if tokens >= MANY_TOKENS:
-            return prefill_quantizing(x, codes, w_scale, bias)
-        made = late("lowbit.kernels.triton.int8_quantize").quantize_rows(x)
-        return prefill(made.q, codes, Scaling(x.dtype, made.scale, w_scale, bias=bias))
+    few = suits_decode(tokens, width, processors)
+    if not few and tokens >= MANY_TOKENS:
+        return prefill_quantizing(x, codes, w_scale, bias)
     config = choose(tokens, width, columns, processors)
-    if (quantizing := inside(config, tokens, columns)) is not None:
+    if few and (quantizing := inside(config, tokens, columns)) is not None:
         return decode_quantizing(x, codes, w_scale, bias, quantizing)
-    made = quantize_rows(x)
-    return decode(made.q, codes, Scaling(x.dtype, made.scale, w_scale, bias=bias), config)
+    rows: Any = late("lowbit.kernels.triton.int8_quantize")
+    made = quantize_rows(x) if tokens <= FEW_TOKENS else rows.quantize_rows(x)
+    scaling = Scaling(x.dtype, made.scale, w_scale, bias=bias)
+    return decode(made.q, codes, scaling, config) if few else prefill(made.q, codes, scaling)
