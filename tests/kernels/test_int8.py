@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import fp8, int8_linear, int8_outlier
-from lowbit.kernels.cuda import int8_decode, int8_prefill
+from lowbit.kernels.cuda import int8_decode, int8_hopper, int8_prefill
 from lowbit.kernels.int8 import Scaling, int8_weight, pad_columns, weight_refusal
 from lowbit.kernels.int8_matmul import CANDIDATES, int8_matmul
 from lowbit.kernels.int8_outlier import outlying
@@ -172,3 +172,24 @@ def test_a_prefill_block_fits_the_chip(columns: int) -> None:
 def test_narrower_tiles_are_taken_where_they_fill_the_last_round() -> None:
     assert int8_prefill.choose_columns(1024, 6144, processors=132) == 192
     assert {int8_prefill.choose_columns(M, N, 132) for M in (1024, 4096) for N in (4096, 28672)} == {256}
+
+
+def test_few_tokens_are_quantized_within_where_three_blocks_fit_a_multiprocessor() -> None:
+    config = int8_decode.choose(1, 4096, 14336, processors=132)
+    within = int8_decode.inside(config, 1, 14336)
+    assert within is not None
+    assert (within.split, within.stages, within.quantize) == (4, 5, True)
+    assert 3 * within.shared_bytes(14336) <= 228 * 1024
+    assert int8_decode.inside(config, 5, 14336) is None
+    assert int8_decode.inside(int8_decode.choose(1, 28672, 4096, 132), 1, 4096) is None  # K is not divided there
+    assert int8_decode.inside(int8_decode.choose(1, 8192, 28672, 132), 1, 28672) is None  # 112 KB of codes
+
+
+def test_kernels_that_quantize_take_rows_of_whole_16_bytes() -> None:
+    x = torch.zeros(4, 64, dtype=torch.bfloat16)
+    assert int8_hopper.takes_floats(x)
+    assert int8_hopper.takes_floats(x[:, :32])
+    assert not int8_hopper.takes_floats(x[:, 1:33])  # starts two bytes late
+    assert not int8_hopper.takes_floats(x[:, :24])
+    assert not int8_hopper.takes_floats(x.T)
+    assert not int8_hopper.takes_floats(x.float())
