@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lowbit.kernels import int8_fused
-from lowbit.kernels.cuda import int8_decode, int8_hopper, int8_prefill
+from lowbit.kernels.cuda import int8_hopper, int8_prefill
 from lowbit.kernels.int8 import Scaling
 from lowbit.kernels.timing import copies_of, graph_us
 from lowbit.nn.linear import QuantLinear
@@ -45,25 +45,16 @@ def apart(w: Tensor) -> Layer:
     packed = PackedWeight.from_float(w, QuantScheme.parse("w8a8"), torch.bfloat16)
 
     def call(x: Tensor) -> object:
-        made = int8_decode.quantize_rows(x) if len(x) <= 128 else int8_fused.quantize_tokens(x)
+        made = int8_fused.quantize_tokens(x)
         return int8_hopper.product(made.q, packed.codes, Scaling(x.dtype, made.scale, packed.scale))
 
     return call
 
 
 def within(w: Tensor) -> Layer:
-    """Ours with x quantized by the product's kernel wherever that can."""
+    """Ours with x always quantized by the prefill kernel, for more than 128 tokens."""
     packed = PackedWeight.from_float(w, QuantScheme.parse("w8a8"), torch.bfloat16)
-
-    def call(x: Tensor) -> object:
-        config = int8_decode.inside(int8_decode.choose(len(x), *w.shape, processors=132), len(x), w.shape[1])
-        if len(x) > 128:
-            return int8_prefill.prefill_quantizing(x, packed.codes, packed.scale, None)
-        if config is None:
-            return int8_hopper.linear(x, packed.codes, packed.scale, None)
-        return int8_decode.decode_quantizing(x, packed.codes, packed.scale, None, config)
-
-    return call
+    return lambda x: int8_prefill.prefill_quantizing(x, packed.codes, packed.scale, None)
 
 
 def raw(w: Tensor) -> Layer:

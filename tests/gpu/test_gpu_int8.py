@@ -131,35 +131,6 @@ def test_tiles_of_both_widths_are_exact(shape: tuple[int, int, int], tile_n: int
     assert (got - wanted).norm() / wanted.norm() < 4e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 4096), (5, 14336), (64, 28672), (3, 65536), (7, 576), (2, 16)], ids=str)
-def test_rows_divided_among_blocks_get_the_codes_of_the_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    _skip_unless_it_runs("decode")
-    activations = QuantScheme.parse("w8a8").activations
-    assert activations is not None
-    x = (torch.randn(shape) * 3).to(dtype)
-    x[-1, 1:] *= 1e-4
-    made = int8_decode.quantize_rows(x.cuda())
-    scale, _ = choose_scale(*value_range(x, activations), activations, dtype)
-    assert torch.equal(made.q[:, : shape[1]].cpu(), encode(x, scale, None, activations))
-    assert torch.equal(made.scale.cpu(), scale.float().flatten())
-
-
-@pytest.mark.parametrize("split", [1, 2, 4, 8])
-@pytest.mark.parametrize("shape", [(1, 64, 4096), (3, 100, 1040), (8, 4096, 1024), (16, 520, 2064)], ids=str)
-def test_a_decode_kernel_that_quantizes_gives_the_bits_of_two(shape: tuple[int, int, int], split: int) -> None:
-    _skip_unless_it_runs("decode")
-    M, N, K = shape  # noqa: N806
-    x, (_, w, _) = torch.randn(M, K, device="cuda").bfloat16(), _operands(*shape)
-    x[0] = 0 if M > 1 else x[0]
-    made = int8_decode.quantize_rows(x)
-    bias = torch.randn(N, device="cuda").bfloat16()
-    scaling = Scaling(torch.bfloat16, made.scale, torch.rand(N, device="cuda"), bias=bias)
-    config = int8_decode.Decode(8 if M <= 8 else 16, 64, 4, split, quantize=True, prefetch=2)
-    wanted = int8_decode.decode(made.q, w, scaling)
-    assert torch.equal(int8_decode.decode_quantizing(x, w, scaling.w_scale, bias, config), wanted)
-
-
 @pytest.mark.parametrize("rows_first", [1, 8])
 @pytest.mark.parametrize("shape", [(300, 520, 4096), (2100, 4096, 1024), (700, 1000, 8192), (513, 264, 14336),
                                    (257, 100, 28672)], ids=str)  # fmt: skip
@@ -181,7 +152,7 @@ def test_parts_of_k_add_up_exactly(tokens: int, rows: int, split: int) -> None:
     _skip_unless_it_runs("decode")
     q, w, exact = _operands(tokens + 1, 200, 2064)
     stages = 3 if tokens == 128 else 4
-    config = int8_decode.Decode(tokens, rows, stages, split, prefetch=1)
+    config = int8_decode.Decode(tokens, rows, stages, split)
     assert torch.equal(int8_decode.decode(q, w, None, config), exact)
 
 

@@ -169,7 +169,6 @@ inline u8* at_address(u32 address) { return blocks[address >> 18]->base + addres
 inline u32 remote_address(u32 address, u32 rank) { return address % SHARED_BYTES | (self->block->cluster + rank) << 18; }
 inline u32 cluster_rank() { return self->block->id - self->block->cluster; }
 inline int2 load_remote(u32 address) { int2 value; memcpy(&value, at_address(address), 8); return value; }
-inline void store_shared(u32 to, uint2 words) { memcpy(at_address(to), &words, 8); }
 inline Meeting& cluster() { return clusters[self->block->cluster / cluster_size]; }
 inline void cluster_arrive() {
     self->cluster_generation = cluster().generation;
@@ -200,16 +199,6 @@ inline void barrier_wait(u32 at, u32 parity) {
         if (barrier.phase % 2 == parity) yield();
     }
 }
-inline void send(u32 to, u32 word, u32 counted) {
-    if (to >> 18 != counted >> 18) fail("words are counted in another block than they are sent to");
-    memcpy(at_address(to), &word, 4);
-    barrier_at(counted).bytes -= 4, advance(barrier_at(counted));
-}
-inline void send(u32 to, int first, int second, u32 counted) {
-    if (to % 8) fail("two words not at a multiple of 8 bytes");
-    send(to, static_cast<u32>(first), counted), send(to + 4, static_cast<u32>(second), counted);
-}
-
 struct TensorMap { u64 address; int rows, row_bytes, box_rows; u8 unused[108]; };  // as the tests write it
 inline void copy_box(u32 to, const TensorMap* given, int byte, int row, u32 counted) {
     if (to % 1024) fail("a swizzled tile not at a multiple of 1024 bytes");
@@ -231,9 +220,7 @@ inline void copy_box_to_all(u32 to, const TensorMap* map, int byte, int row, u32
     for (int rank = 0; rank < cluster_size; ++rank)
         if (mask >> rank & 1) copy_box(remote_address(to, rank), map, byte, row, remote_address(counted, rank));
 }
-inline void prefetch_box(const TensorMap*, int, int) {}
 inline void prefetch_map(const TensorMap*) {}
-inline void shared_to_copy_engine() {}
 
 // ---- wgmma on int8 (wgmma_s8.cuh) ----
 inline u64 descriptor(u32 address) {

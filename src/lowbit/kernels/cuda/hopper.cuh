@@ -34,21 +34,6 @@ __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The two halves of a barrier, for warps that have something to do in between.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
-// Words into the shared memory of a block of the cluster, counted on its barrier: nobody waits for an answer. Addresses
-// by remote_address; the other block must have initialized its barrier, and stays until the words have come.
-__device__ __forceinline__ void send(unsigned to, unsigned word, unsigned barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
-                 :: "r"(to), "r"(word), "r"(barrier) : "memory");
-}
-__device__ __forceinline__ void send(unsigned to, int first, int second, unsigned barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.s32 [%0], {%1, %2}, [%3];"
-                 :: "r"(to), "r"(first), "r"(second), "r"(barrier) : "memory");
-}
-
 // The same without ordering any memory: nobody goes on before all have come here.
 __device__ __forceinline__ void cluster_meet() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -94,11 +79,6 @@ __device__ __forceinline__ void copy_box(unsigned to, const TensorMap* map, int 
         :: "r"(to), "l"(map), "r"(k), "r"(r), "r"(barrier) : "memory");
 }
 
-// The same box into the L2 alone.
-__device__ __forceinline__ void prefetch_box(const TensorMap* map, int k, int r) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" :: "l"(map), "r"(k), "r"(r) : "memory");
-}
-
 // The same box into every block of the cluster named by `mask`, counting on each block's own barrier.
 __device__ __forceinline__ void copy_box_to_all(unsigned to, const TensorMap* map, int k, int r, unsigned barrier,
                                                 unsigned short mask) {
@@ -106,11 +86,6 @@ __device__ __forceinline__ void copy_box_to_all(unsigned to, const TensorMap* ma
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%2, %3}], [%4], %5;"
         :: "r"(to), "l"(map), "r"(k), "r"(r), "r"(barrier), "h"(mask) : "memory");
-}
-
-// Shared memory that this thread wrote, made visible to the copy engine and to wgmma; a barrier follows.
-__device__ __forceinline__ void shared_to_copy_engine() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
@@ -131,10 +106,6 @@ template <int REGISTERS> __device__ __forceinline__ void take_registers() {
 }
 template <int REGISTERS> __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
-
-__device__ __forceinline__ void store_shared(unsigned to, uint2 words) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(to), "r"(words.x), "r"(words.y) : "memory");
 }
 
 // ---- blocks that work for each other within a launch, through global memory ----

@@ -76,7 +76,6 @@ def _wna16() -> tuple[Variant, ...]:
 WNA16 = _wna16()
 _MATRIX = "its instructions came with that architecture"
 _WGMMA = "wgmma exists there and nowhere else"
-_CLUSTER = "it is launched there alone, where blocks form clusters"
 INT8 = (
     Variant("int8_naive.cu", "int8_naive"),
     Variant("int8_dp4a.cu", "int8_dp4a"),
@@ -110,20 +109,6 @@ INT8 = (
             why=_WGMMA,
         )
         for tokens, rows in ((8, 64), (16, 64), (32, 64), (64, 64), (128, 128))
-    ),
-    *(
-        Variant(
-            "int8_wgmma_decode.cu",
-            "int8_wgmma_decode",
-            (("KIND", kind), ("PREFETCH", 8), ("QUANTIZE", 1), ("SPLIT", split), ("STAGES", 4), ("TOKENS", 8)),
-            only="sm_90a",
-            why=_WGMMA,
-        )
-        for kind, split in ((1, 1), (2, 4))
-    ),
-    *(
-        Variant("int8_quantize.cu", "int8_quantize", (("KIND", kind), ("SPLIT", split)), only="sm_90a", why=_CLUSTER)
-        for kind, split in ((1, 1), (2, 4))
     ),
 )
 OPTIM = tuple(
