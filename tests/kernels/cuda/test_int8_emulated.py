@@ -49,8 +49,9 @@ def build(function: str, defines: tuple[tuple[str, int], ...], folder: Path) -> 
     assert GXX is not None
     flags = [f"-D{key}={value}" for key, value in defines]
     library = wrapper.with_suffix(".so")
-    # contract=off: one rounding where the source says fmaf, else two
-    command = [GXX, "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", *flags, "-include", str(HEADER)]
+    # contract: one rounding where the source says fmaf, else two. unique: emulated.hpp has variables of the same names
+    options = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-gnu-unique", "-shared", "-fPIC"]
+    command = [GXX, *options, *flags, "-include", str(HEADER)]
     done = subprocess.run([*command, str(wrapper), "-o", str(library)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]
     return ctypes.CDLL(str(library))
