@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit.kernels.cuda.optim import AHEAD, SETS
 from lowbit.kernels.cuda.wna16_dequantize import dequantize_defines
 from lowbit.kernels.cuda.wna16_layout import NIBBLES, form_defines
 from lowbit.kernels.cuda.wna16_mma import Tile, mma_defines
@@ -115,8 +116,11 @@ OPTIM = tuple(
     Variant(
         "optim_blockwise.cu",
         "optim_blockwise",
-        (("RULE", rule), ("PARAM", parameter), ("THREADS", 512), ("REPLICAS", 8)),
+        (
+            *(("AHEAD", AHEAD), ("BITS", bits), ("RULE", rule), ("PARAM", parameter), ("SETS", SETS)),
+            *(("THREADS", 512), ("REPLICAS", 8)),
+        ),
     )
-    for rule, parameter in ((0, 0), (1, 1))
+    for bits, rule, parameter in ((8, 0, 0), (8, 1, 1), (4, 0, 1))
 )
 VARIANTS: tuple[Variant, ...] = (*WNA16, *INT8, *OPTIM)
