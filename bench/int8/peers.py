@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lowbit.kernels.cuda import int8_hopper
+from lowbit.kernels import int8_fused
+from lowbit.kernels.cuda import int8_hopper, int8_prefill
 from lowbit.kernels.int8 import Scaling
 from lowbit.kernels.timing import copies_of, graph_us
 from lowbit.nn.linear import QuantLinear
@@ -37,6 +38,23 @@ Layer = Callable[[Tensor], object]
 def ours(w: Tensor, scheme: str = "w8a8") -> Layer:
     layer = QuantLinear.from_packed(PackedWeight.from_float(w, QuantScheme.parse(scheme), torch.bfloat16))
     return torch.no_grad()(layer)
+
+
+def apart(w: Tensor) -> Layer:
+    """Ours with x always quantized by a kernel of its own."""
+    packed = PackedWeight.from_float(w, QuantScheme.parse("w8a8"), torch.bfloat16)
+
+    def call(x: Tensor) -> object:
+        made = int8_fused.quantize_tokens(x)
+        return int8_hopper.product(made.q, packed.codes, Scaling(x.dtype, made.scale, packed.scale))
+
+    return call
+
+
+def within(w: Tensor) -> Layer:
+    """Ours with x always quantized by the prefill kernel, for more than 128 tokens."""
+    packed = PackedWeight.from_float(w, QuantScheme.parse("w8a8"), torch.bfloat16)
+    return lambda x: int8_prefill.prefill_quantizing(x, packed.codes, packed.scale, None)
 
 
 def raw(w: Tensor) -> Layer:
@@ -116,6 +134,8 @@ def humming_layer(w: Tensor) -> Layer:
 
 PEERS: dict[str, tuple[Callable[[Tensor], Layer], int, str]] = {
     "lowbit w8a8": (ours, 1, "lowbit"),
+    "lowbit w8a8 (x quantized apart)": (apart, 1, "lowbit"),
+    "lowbit w8a8 (x quantized within)": (within, 1, "lowbit"),
     "lowbit w8a8 (raw)": (raw, 1, "lowbit"),
     "lowbit fp8": (partial(ours, scheme="fp8"), 1, "lowbit"),
     "bf16 cuBLAS": (lambda w: partial(linear, weight=w), 2, "torch"),
@@ -130,15 +150,23 @@ def weight(shape: str) -> Tensor:
     return torch.randn(*SHAPES[shape], device="cuda", dtype=torch.bfloat16) * 0.02
 
 
-def warm(shapes: list[str], names: list[str]) -> None:
+def raise_clock() -> None:
+    """Some 10 ms of products: the clock falls while weights are built, and the first M would be up to 12% slow."""
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    for _ in range(60):
+        linear(a, a)
+    torch.cuda.synchronize()
+
+
+def warm(shapes: list[str], names: list[str], counts: list[int]) -> None:
     for shape in shapes:
         for name in names:
             layer = PEERS[name][0](weight(shape))
-            for tokens in TOKENS:
+            for tokens in counts:
                 layer(torch.randn(tokens, SHAPES[shape][1], device="cuda", dtype=torch.bfloat16))
 
 
-def measure(out: Path, shapes: list[str], names: list[str], seconds: float) -> None:
+def measure(out: Path, shapes: list[str], names: list[str], counts: list[int], seconds: float) -> None:
     end = time.monotonic() + seconds
     found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "rows": []}
     found["not installed"] = [name for name, (_, _, package) in PEERS.items() if find_spec(package) is None]
@@ -146,15 +174,16 @@ def measure(out: Path, shapes: list[str], names: list[str], seconds: float) -> N
         for name in names:
             build, bytes_each, _ = PEERS[name]
             width, columns = SHAPES[shape]
-            count = min(12, copies_of(width * columns * bytes_each))
+            count = min(8, copies_of(width * columns * bytes_each))
             layers = [build(weight(shape)) for _ in range(count)]
-            for tokens in TOKENS:
+            raise_clock()
+            for tokens in counts:
                 if time.monotonic() > end:
                     return
                 x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
                 us = graph_us([partial(layer, x) for layer in layers], least_ms=4.0)
                 found["rows"].append({"shape": shape, "N": width, "K": columns, "M": tokens, "kernel": name, "us": us})
-            print(shape, name, *(f"{row['us']:.1f}" for row in found["rows"][-len(TOKENS) :]), flush=True)
+            print(shape, name, *(f"{row['us']:.1f}" for row in found["rows"][-len(counts) :]), flush=True)
             out.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
 
 
@@ -163,14 +192,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--peers", default="", help="names that hold this word")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--peers", default="", help="names that hold one of these words, between commas")
     parser.add_argument("--warm", action="store_true")
     given = parser.parse_args()
-    names = [name for name, (_, _, package) in PEERS.items() if find_spec(package) and given.peers in name]
+    words, counts = given.peers.split(","), [int(count) for count in given.tokens.split(",")]
+    names = [n for n, (_, _, package) in PEERS.items() if find_spec(package) and any(word in n for word in words)]
     if given.warm:
-        warm(given.shapes.split(","), names)
+        warm(given.shapes.split(","), names, counts)
     else:
-        measure(given.out, given.shapes.split(","), names, given.seconds)
+        measure(given.out, given.shapes.split(","), names, counts, given.seconds)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.kernels.cuda import int8_hopper, int8_ladder
+from lowbit.kernels.cuda import int8_decode, int8_ladder, int8_prefill
 from lowbit.kernels.int8 import Scaling, pad_columns
 from lowbit.kernels.registry import explain, use
 from lowbit.nn.linear import QuantLinear
@@ -24,8 +24,8 @@ SHAPES = [(1, 17, 17), (17, 1, 576), (1, 4095, 576), (3, 64, 1), (16, 200, 4095)
           (300, 520, 4095)]  # fmt: skip
 PRODUCTS = {
     **{rung.name: (lambda q, w, s, r=rung: int8_ladder.product(r, q, w, s)) for rung in int8_ladder.RUNGS},
-    "decode": int8_hopper.decode,
-    "prefill": int8_hopper.prefill,
+    "decode": int8_decode.decode,
+    "prefill": int8_prefill.prefill,
     "triton": int8_linear.product,
 }
 HOPPER = torch.cuda.get_device_capability() == (9, 0)
@@ -125,10 +125,35 @@ def test_outlier_columns_wait_for_no_device() -> None:
 def test_tiles_of_both_widths_are_exact(shape: tuple[int, int, int], tile_n: int) -> None:
     _skip_unless_it_runs("prefill")
     q, w, exact = _operands(*shape)
-    assert torch.equal(int8_hopper.prefill(q, w, None, tile_n), exact)
+    assert torch.equal(int8_prefill.prefill(q, w, None, tile_n), exact)
     plain = Scaling(torch.bfloat16, torch.rand(len(q), device="cuda"), torch.rand(len(w), device="cuda"))
-    got, wanted = int8_hopper.prefill(q, w, plain, tile_n).double(), plain.apply(exact).double()
+    got, wanted = int8_prefill.prefill(q, w, plain, tile_n).double(), plain.apply(exact).double()
     assert (got - wanted).norm() / wanted.norm() < 4e-3
+
+
+@pytest.mark.parametrize("rows_first", [1, 8])
+@pytest.mark.parametrize("shape", [(300, 520, 4096), (2100, 4096, 1024), (700, 1000, 8192), (513, 264, 14336),
+                                   (257, 100, 28672)], ids=str)  # fmt: skip
+def test_a_prefill_kernel_that_quantizes_gives_the_bits_of_two(shape: tuple[int, int, int], rows_first: int) -> None:
+    _skip_unless_it_runs("prefill")
+    M, N, K = shape  # noqa: N806
+    x, (_, w, _) = torch.randn(M, K, device="cuda").bfloat16(), _operands(1, N, K)
+    made = int8_quantize.quantize_rows(x)
+    for bias in (None, torch.randn(N, device="cuda").bfloat16()):
+        scaling = Scaling(torch.bfloat16, made.scale, torch.rand(N, device="cuda"), bias=bias)
+        wanted = int8_prefill.prefill(made.q, w, scaling)
+        for _ in range(3):
+            assert torch.equal(int8_prefill.prefill_quantizing(x, w, scaling.w_scale, bias, rows_first), wanted)
+
+
+@pytest.mark.parametrize("split", [1, 2, 8])
+@pytest.mark.parametrize(("tokens", "rows"), [(8, 64), (64, 64), (64, 128), (128, 128)])
+def test_parts_of_k_add_up_exactly(tokens: int, rows: int, split: int) -> None:
+    _skip_unless_it_runs("decode")
+    q, w, exact = _operands(tokens + 1, 200, 2064)
+    stages = 3 if tokens == 128 else 4
+    config = int8_decode.Decode(tokens, rows, stages, split)
+    assert torch.equal(int8_decode.decode(q, w, None, config), exact)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

@@ -123,3 +123,15 @@ def test_without_vnni_the_faster_product_is_found_by_timing_it_once(monkeypatch:
 
 def test_the_timing_really_runs() -> None:
     assert cpu.int8_is_slower(2, 16, 32, torch.float32, torch.get_num_threads()) in (True, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_tokens_are_quantized_to_the_bits_of_the_general_way(dtype: torch.dtype) -> None:
+    scheme = QuantScheme.parse("w8a8").activations
+    assert scheme is not None
+    x = (torch.randn(9, 577, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    x[0], x[1] = 0, x[1] * 1e-4
+    q, scale = cpu.quantize_tokens(x)
+    wanted, _ = activation_scale(x, scheme, None, None)
+    assert torch.equal(scale, wanted)
+    assert torch.equal(q, encode(x, wanted, None, scheme))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import fp8, int8_linear, int8_outlier
-from lowbit.kernels.cuda import int8_hopper
+from lowbit.kernels.cuda import int8_decode, int8_hopper, int8_prefill
 from lowbit.kernels.int8 import Scaling, int8_weight, pad_columns, weight_refusal
 from lowbit.kernels.int8_matmul import CANDIDATES, int8_matmul
 from lowbit.kernels.int8_outlier import outlying
@@ -157,18 +157,28 @@ def test_only_the_outlier_kernel_takes_outlier_schemes() -> None:
 @pytest.mark.parametrize("tokens", [1, 16, 64, 100, 300])
 @pytest.mark.parametrize("shape", [(28672, 4096), (4096, 4096), (4096, 14336), (17, 128), (8192, 28672)], ids=str)
 def test_the_decode_kernel_is_chosen_within_the_chips_limits(tokens: int, shape: tuple[int, int]) -> None:
-    chosen = int8_hopper.choose(tokens, *shape, processors=132)
+    chosen = int8_decode.choose(tokens, *shape, processors=132)
     assert chosen.shared_bytes <= 227 * 1024  # of one block on sm_90
     assert chosen.split in (1, 2, 4, 8)  # 8: the largest cluster that every device of sm_90 can run
-    assert chosen.split == 1 or shape[1] >= chosen.split * 2 * int8_hopper.STEP
+    assert chosen.split == 1 or shape[1] >= chosen.split * 2 * int8_decode.STEP
     assert chosen.tokens >= min(tokens, 128)
 
 
 @pytest.mark.parametrize("columns", [192, 256])
 def test_a_prefill_block_fits_the_chip(columns: int) -> None:
-    assert int8_hopper.prefill_bytes(columns) <= 227 * 1024  # of one block on sm_90
+    assert int8_prefill.prefill_bytes(columns) <= 227 * 1024  # of one block on sm_90
 
 
 def test_narrower_tiles_are_taken_where_they_fill_the_last_round() -> None:
-    assert int8_hopper.choose_columns(1024, 6144, processors=132) == 192
-    assert {int8_hopper.choose_columns(M, N, 132) for M in (1024, 4096) for N in (4096, 28672)} == {256}
+    assert int8_prefill.choose_columns(1024, 6144, processors=132) == 192
+    assert {int8_prefill.choose_columns(M, N, 132) for M in (1024, 4096) for N in (4096, 28672)} == {256}
+
+
+def test_kernels_that_quantize_take_rows_of_whole_16_bytes() -> None:
+    x = torch.zeros(4, 64, dtype=torch.bfloat16)
+    assert int8_hopper.takes_floats(x)
+    assert int8_hopper.takes_floats(x[:, :32])
+    assert not int8_hopper.takes_floats(x[:, 1:33])  # starts two bytes late
+    assert not int8_hopper.takes_floats(x[:, :24])
+    assert not int8_hopper.takes_floats(x.T)
+    assert not int8_hopper.takes_floats(x.float())

@@ -62,13 +62,3 @@ def test_a_kernel_that_is_named_and_refuses_is_an_error() -> None:
 def test_an_unknown_kernel_is_an_error_that_names_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"no kernel 'fast'; choose one of .*reference"), registry.use("fast"):
         pass
-
-
-def test_a_kernel_that_runs_by_name_is_never_chosen_otherwise(monkeypatch: pytest.MonkeyPatch, table: Path) -> None:
-    table.write_text("[]", encoding="utf-8")
-    eager = registry.Candidate("eager", lambda *_: X, lambda x, weight: None, by_name=True)
-    monkeypatch.setitem(registry.CANDIDATES, "wa8_linear", (eager, *registry.CANDIDATES["wa8_linear"]))
-    assert registry.pick("wa8_linear", X, WEIGHT).name == "cpu_int8"
-    assert registry.explain("wa8_linear", X, WEIGHT)["eager"] == "ready"
-    with registry.use("eager"):
-        assert registry.pick("wa8_linear", X, WEIGHT) is eager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import reference
-from lowbit.kernels.cuda import int8_hopper, int8_ladder
+from lowbit.kernels.cuda import int8_hopper, int8_ladder, int8_prefill
 from lowbit.kernels.int8 import Quantized, Scaling, activation_refusal, int8_weight, pad_columns, weight_refusal
 from lowbit.numerics.affine import encode
 from lowbit.numerics.scheme import TensorScheme
@@ -83,6 +83,11 @@ def hopper_linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> Tensor:
     """x [M, K] quantized to int8, times int8 codes [N, K], transposed, scaled: [M, N] in x's dtype."""
+    scheme = weight.scheme.activations
+    assert scheme is not None
+    if scheme.dynamic and scheme.symmetric and int8_hopper.quantizes(x, weight.shape[0]):
+        assert isinstance(weight.scale, Tensor)
+        return int8_prefill.prefill_quantizing(x, int8_weight(weight).codes, weight.scale, bias)
     return _linear(int8_hopper.product, x, weight, bias, (scale, zero))
 
 

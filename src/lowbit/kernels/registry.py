@@ -22,15 +22,11 @@ from lowbit.tensors import PackedWeight
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel of one op: its name, the function, and why it can't run for given arguments.
-
-    by_name: it runs where `use` or the measured table names it, and is never chosen otherwise.
-    """
+    """A kernel of one op: its name, the function, and why it can't run for given arguments."""
 
     name: str
     run: Callable[..., Tensor]
     refusal: Callable[..., str | None]
-    by_name: bool = False
 
 
 def _runs_anywhere(x: Tensor, weight: PackedWeight) -> None:
@@ -57,9 +53,8 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         Candidate("triton_int8", int8_linear.triton_linear, int8_linear.triton_refusal),
         Candidate("turing_int8", int8_linear.turing_linear, int8_linear.turing_refusal),
         Candidate("fp8_scaled_mm", fp8.scaled_mm_linear, fp8.refusal),
-        # by name: neither has run on a GPU yet
-        Candidate("fp8_scaled_mm_static", fp8.scaled_mm_static, fp8.static_refusal, by_name=True),
-        Candidate("fp8_scaled_mm_tiles", fp8.scaled_mm_tiles, fp8.tiles_refusal, by_name=True),
+        Candidate("fp8_scaled_mm_static", fp8.scaled_mm_static, fp8.static_refusal),
+        Candidate("fp8_scaled_mm_tiles", fp8.scaled_mm_tiles, fp8.tiles_refusal),
         Candidate("cpu_int8", cpu.int8_linear, cpu.int8_refusal),
         Candidate("int8_outlier", int8_outlier.linear, int8_outlier.refusal),
         Candidate("reference", reference.wa8_linear, _runs_anywhere),
@@ -94,8 +89,7 @@ def pick(op: str, x: Tensor, weight: PackedWeight) -> Candidate:
     if not winners and op == "wa8_linear" and x.device.type == "cpu":
         winners = cpu.winners(x, weight)
     ranks = {name: rank for rank, name in reversed(list(enumerate(winners)))}
-    willing = [candidate for candidate in candidates if not candidate.by_name or candidate.name in ranks]
-    ordered = sorted(willing, key=lambda candidate: ranks.get(candidate.name, len(winners)))  # stable
+    ordered = sorted(candidates, key=lambda candidate: ranks.get(candidate.name, len(winners)))  # stable
     return next(candidate for candidate in ordered if candidate.refusal(x, weight) is None)
 
 

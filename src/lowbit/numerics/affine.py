@@ -41,8 +41,10 @@ def value_range(x: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor]:
     """(smallest, largest) value under each scale of `scheme`, in the shape of that scale, x's dtype."""
     if scheme.granularity == "tile":
         assert scheme.group_size is not None
-        return torch.aminmax(tiles(x, scheme.group_size), dim=-1)
-    return torch.aminmax(group_view(x, scheme), dim=-1)
+        grouped = tiles(x, scheme.group_size)
+    else:
+        grouped = group_view(x, scheme)
+    return grouped.amin(-1), grouped.amax(-1)  # aminmax is a scalar loop on the CPU: 590 us for 26 at [64, 4096]
 
 
 def tiles(x: Tensor, size: int) -> Tensor:

@@ -30,8 +30,11 @@ def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
 
 
 def _wanted(x: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(codes, scale, zero) by the CPU: on a GPU torch divides by a number by multiplying with its reciprocal."""
+    x = x.cpu()
     scale, zero = choose_scale(*value_range(x, scheme), scheme, x.dtype)
-    return encode(x, scale, zero, scheme), scale.float().flatten(), None if zero is None else zero.int().flatten()
+    q, flat = encode(x, scale, zero, scheme).to(DEVICE), scale.float().flatten().to(DEVICE)
+    return q, flat, None if zero is None else zero.int().flatten().to(DEVICE)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic-asym"])

@@ -1,6 +1,11 @@
 // Hopper's machinery as functions (sm_90a): mbarriers, the bulk tensor copy engine (TMA), clusters, programmatic launch.
 // PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "barrier.cluster", "griddepcontrol", "setmaxnreg".
 #pragma once
+#ifndef EMULATED  // tests/kernels/cuda/emulated_int8.hpp defines the same in C++
+
+// A block's shared memory: of a fixed type, and what the launch asks for.
+#define SHARED(type, name) __shared__ __align__(16) type name
+#define DYNAMIC_SHARED(name, alignment) extern __shared__ __align__(alignment) unsigned char name[]
 
 struct alignas(64) TensorMap { unsigned char opaque[128]; };  // CUtensorMap, filled by cuTensorMapEncodeTiled
 
@@ -83,21 +88,6 @@ __device__ __forceinline__ void copy_box_to_all(unsigned to, const TensorMap* ma
         :: "r"(to), "l"(map), "r"(k), "r"(r), "r"(barrier), "h"(mask) : "memory");
 }
 
-// A box out of shared memory into the map's matrix, from column c and row r; what lies outside is not written. One thread
-// sends it, and later waits with stores_read before anyone writes there again. What other threads wrote there must have
-// passed shared_to_copy_engine, and then a barrier.
-__device__ __forceinline__ void store_box(const TensorMap* map, int c, int r, unsigned from) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
-                 "cp.async.bulk.commit_group;"
-                 :: "l"(map), "r"(c), "r"(r), "r"(from) : "memory");
-}
-template <int PENDING> __device__ __forceinline__ void stores_read() {  // all but the newest PENDING boxes were read
-    asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(PENDING) : "memory");
-}
-__device__ __forceinline__ void shared_to_copy_engine() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
 }
@@ -117,3 +107,25 @@ template <int REGISTERS> __device__ __forceinline__ void take_registers() {
 template <int REGISTERS> __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
 }
+
+// ---- blocks that work for each other within a launch, through global memory ----
+// What this thread wrote, and read, made known to the copy engine, and its writes to this thread.
+__device__ __forceinline__ void all_proxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Who sees the sum sees what stood before.
+__device__ __forceinline__ void add_one(unsigned* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
+}
+__device__ __forceinline__ void wait_until(const unsigned* counter, unsigned wanted) {
+    unsigned have;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(have) : "l"(counter) : "memory");
+    while (have < wanted);
+}
+
+// A number that another block may have written while this kernel ran.
+__device__ __forceinline__ float load_fresh(const float* at) {
+    float value;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
+    return value;
+}
+#endif

@@ -6,6 +6,7 @@
 // zero-point of the activations costs one multiplication per output and nothing inside the loop over K.
 // Kinds of number: 0 int32 (the sum itself), 1 float16, 2 bfloat16, 3 float32. KIND, a define, is that of y.
 #pragma once
+#include "floats.cuh"
 
 #ifndef KIND
 #define KIND 0
@@ -27,30 +28,10 @@ struct Epilogue {
         int x_stride, int w_stride, int w_kind, int bias_kind
 #define EPILOGUE Epilogue{out, x_scale, x_zero, w_scale, w_sum, bias, x_stride, w_stride, w_kind, bias_kind}
 
-__device__ __forceinline__ unsigned short half_bits(float value) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-__device__ __forceinline__ unsigned short bfloat_bits(float value) {
-#if __CUDA_ARCH__ >= 800
-    unsigned short bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-#else
-    unsigned bits = __float_as_uint(value), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (unsigned short)(value == value ? rounded : 0x7fc0u);
-#endif
-}
-
 __device__ __forceinline__ float number(const void* values, int kind, int at) {
     if (kind == 3) return ((const float*)values)[at];
     unsigned short bits = ((const unsigned short*)values)[at];
-    if (kind == 2) return __uint_as_float((unsigned)bits << 16);
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
+    return kind == 2 ? bfloat_value(bits) : half_value(bits);
 }
 
 // What the epilogue needs of column n, and of row m.
@@ -84,8 +65,7 @@ __device__ __forceinline__ void read_columns(Column* columns, const Epilogue& e,
 
 // Two neighbours of 16 bits each, the first in the low half.
 __device__ __forceinline__ unsigned pair(float first, float second) {
-    if (KIND == 1) return half_bits(first) | (unsigned)half_bits(second) << 16;
-    return bfloat_bits(first) | (unsigned)bfloat_bits(second) << 16;
+    return KIND == 1 ? two_halves(first, second) : two_bfloats(first, second);
 }
 
 // One output, at `at` = m N + n.

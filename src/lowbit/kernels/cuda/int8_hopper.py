@@ -1,44 +1,17 @@
-"""The W8A8 product on Hopper: int8_wgmma.cu for many tokens, int8_wgmma_decode.cu for few, and who takes what.
-
-Both read x and w through tensor maps (tensor_map.py).
-"""
-
-from dataclasses import dataclass
-from functools import lru_cache
+"""The W8A8 product on Hopper: int8_prefill.py for many tokens, int8_decode.py for few, and who takes what."""
 
 import torch
 from torch import Tensor
 
-from lowbit.kernels.cuda.compiler import current_stream, load_kernel
-from lowbit.kernels.cuda.int8_ladder import EPILOGUE, KINDS, epilogue_arguments
-from lowbit.kernels.cuda.tensor_map import tensor_map
+from lowbit.kernels.cuda.device import gpu_of
+from lowbit.kernels.cuda.int8_decode import decode
+from lowbit.kernels.cuda.int8_prefill import MOST_TOKENS, prefill
 from lowbit.kernels.int8 import Scaling
 
-STEP = 128  # bytes along K in one box
-TILE_M, STAGES, CHUNK_BYTES = 128, 4, 64 * 128  # of int8_wgmma.cu
-DECODE_TOKENS = (8, 16, 32, 64, 128)  # sizes of a token tile that int8_wgmma_decode.cu is compiled for
-_SLACK = 1024  # stages start at a multiple of 1024 bytes
-_MULTIPROCESSOR_BYTES = 228 * 1024  # shared memory of sm_90
-_BLOCK_BYTES = 2048  # of a decode block beside its stages: 1024 are the system's, columns and barriers
-
-
-@dataclass(frozen=True)
-class Decode:
-    """How int8_wgmma_decode.cu is compiled: tiles of `tokens` tokens, blocks of `rows` rows of w, K in split parts."""
-
-    tokens: int
-    rows: int
-    stages: int
-    split: int
-
-    @property
-    def shared_bytes(self) -> int:
-        """Of one block: the stages, over which the int32 sums come to lie."""
-        return max(self.stages * (self.rows + self.tokens) * STEP, self.tokens * (self.rows + 4) * 4) + _SLACK
-
-    @property
-    def defines(self) -> tuple[tuple[str, int], ...]:
-        return (("ROWS", self.rows), ("SPLIT", self.split), ("STAGES", self.stages), ("TOKENS", self.tokens))
+# From 2048 tokens on a prefill that quantizes x itself is up to 6 % faster (bench/results/int8_peers.json: 4096 x 14336 at
+# M=4096 326 us for 347, at 8192 646 for 685). It stays off until its bits were compared on a GPU (tests/gpu/test_gpu_int8.py,
+# gives_the_bits, and then 2048 here): so far the emulator has done so, and its forerunner on an H200.
+MANY_TOKENS = MOST_TOKENS + 1
 
 
 def refusal(q: Tensor) -> str | None:
@@ -51,28 +24,18 @@ def refusal(q: Tensor) -> str | None:
     return None
 
 
-def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
-    """The decode kernel for `tokens` tokens and w [width, columns], on a chip with so many multiprocessors.
-
-    Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. Where four and more stand on a
-    multiprocessor, as many stages as just let all run at once: with more some wait (gate_up at M=64: 35.4 us with 3,
-    41.5 with 4), with fewer they crowd (M=16: 32.5 with 5, 32.5 and 34.9 with 4 in two runs, 35.1 with 3). Above 64
-    tokens, blocks of 128 x 128 outputs, one a multiprocessor. Measured on H200
-    (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win or tie for every shape of Llama-3-8B; o (4096 x
-    4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 8.9 undivided, 9.4 by 8.
+def quantizes(x: Tensor, width: int) -> bool:
+    """Whether `prefill_quantizing` should multiply x [M, K] by a weight of so many rows: many tokens, 16-bit floats in
+    rows of whole 16 bytes.
     """
-    tile = next((size for size in DECODE_TOKENS if tokens <= size), DECODE_TOKENS[-1])
-    rows = 64 if tile <= 64 else 128
-    blocks = -(-width // rows) * -(-tokens // tile)
-    enough = processors * 3 // 2 if tile < 64 else processors * 7 // 5 if tile == 64 else processors // 2 + 1
-    split = 1
-    while split < 8 and blocks * split < enough and columns >= split * 4 * STEP:
-        split *= 2
-    if tile > 64:
-        return Decode(tile, rows, 4 if blocks * split <= processors else 3, split)
-    most, needed = 6 if tile <= 8 else 4, -(-blocks * split // processors)  # blocks a multiprocessor
-    fitting = (_MULTIPROCESSOR_BYTES // needed - _SLACK - _BLOCK_BYTES) // ((rows + tile) * STEP)
-    return Decode(tile, rows, fitting if needed > 3 and fitting >= 3 else most, split)
+    many = MANY_TOKENS <= x.shape[0] <= MOST_TOKENS and not suits_decode(x.shape[0], width, gpu_of(x.device).processors)
+    return many and takes_floats(x)
+
+
+def takes_floats(x: Tensor) -> bool:
+    """Whether the copy of x [M, K] that a kernel reads by itself can go 16 bytes at a time."""
+    whole = x.shape[1] % 16 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x.dtype in (torch.float16, torch.bfloat16) and x.stride(1) == 1 and whole
 
 
 def suits_decode(tokens: int, width: int, processors: int) -> bool:
@@ -80,78 +43,8 @@ def suits_decode(tokens: int, width: int, processors: int) -> bool:
     return tokens <= 128 or -(-tokens // 128) * -(-width // 128) <= processors
 
 
-def decode(q: Tensor, codes: Tensor, scaling: Scaling | None = None, config: Decode | None = None) -> Tensor:
-    """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling."""
-    (rows, columns), width = q.shape, codes.shape[0]
-    config = config or choose(rows, width, columns, _processors(q.device))
-    blocks = -(-width // config.rows) * config.split
-    dtype = torch.int32 if scaling is None else scaling.dtype
-    out = torch.empty(rows, width, dtype=dtype, device=q.device)
-    maps = _map(q, config.tokens), _map(codes, config.rows)
-    kernel = "int8_wgmma_decode", config.defines, config.shared_bytes
-    _launch(kernel, maps, (q, codes, scaling), out, ((blocks, -(-rows // config.tokens), 1), config.rows * 2 + 32))
-    return out
-
-
-def choose_columns(tokens: int, width: int, processors: int) -> int:
-    """Columns of the prefill kernel's tiles: 256, or 192 where these fill the chip's last round so much better that a
-    tenth of the time is saved (6144 columns, 1024 tokens: 42.2 us for 51.9).
-    """
-    pairs, clusters = -(-tokens // (2 * TILE_M)), processors // 2
-
-    def cost(columns: int) -> int:
-        return -(-pairs * -(-width // columns) // clusters) * columns
-
-    return 192 if cost(192) < 0.9 * cost(256) else 256
-
-
-def prefill_bytes(tile_n: int) -> int:
-    """Shared memory of a prefill block: stages, two chunks of y and the columns' scales per warpgroup, barriers."""
-    return STAGES * (TILE_M + tile_n) * STEP + 4 * CHUNK_BYTES + 2 * tile_n * 4 + 2 * STAGES * 8
-
-
-def prefill(q: Tensor, codes: Tensor, scaling: Scaling | None = None, tile_n: int | None = None) -> Tensor:
-    """q int8 [M, K] times codes int8 [N, K], transposed: int32 [M, N], or the floats of scaling."""
-    processors, dtype = _processors(q.device), torch.int32 if scaling is None else scaling.dtype
-    tile_n = tile_n or choose_columns(q.shape[0], codes.shape[0], processors)
-    tiles = -(-q.shape[0] // (2 * TILE_M)) * -(-codes.shape[0] // tile_n)
-    out = torch.empty(q.shape[0], codes.shape[0], dtype=dtype, device=q.device)
-    staged = out.shape[1] * out.itemsize % 16 == 0
-    maps = _map(q, TILE_M), _map(codes, tile_n // 2), _map(out, 64) if staged else bytes(128)
-    kernel = "int8_wgmma", (("STAGED", int(staged)), ("TILE_N", tile_n)), prefill_bytes(tile_n)
-    _launch(kernel, maps, (q, codes, scaling), out, ((min(tiles, processors // 2) * 2, 1, 1), 384))
-    return out
-
-
 def product(q: Tensor, codes: Tensor, scaling: Scaling | None = None) -> Tensor:
     """q int8 [M, K] times codes int8 [N, K], transposed, by the kernel that suits M; rows padded (kernels/int8.py)."""
-    if suits_decode(q.shape[0], codes.shape[0], _processors(q.device)):
+    if suits_decode(q.shape[0], codes.shape[0], gpu_of(q.device).processors):
         return decode(q, codes, scaling)
     return prefill(q, codes, scaling)
-
-
-def _launch(
-    kernel: tuple[str, tuple[tuple[str, int], ...], int],
-    maps: tuple[bytes, ...],
-    operands: tuple[Tensor, Tensor, Scaling | None],
-    out: Tensor,
-    size: tuple[tuple[int, int, int], int],
-) -> None:
-    """kernel: file, defines, shared bytes. size: the grid, and the threads of a block."""
-    (stem, defines, shared_bytes), (q, codes, scaling), (grid, threads) = kernel, operands, size
-    defines = (("KIND", KINDS[out.dtype]), *defines)
-    parameters = "128s" * len(maps) + EPILOGUE + "iii"
-    loaded = load_kernel(f"{stem}.cu", stem, parameters, q.device, defines, shared_bytes)
-    loaded.launch(
-        grid, (threads, 1, 1), (*maps, *epilogue_arguments(out, scaling), len(q), len(codes), q.shape[1]),
-        shared_bytes, current_stream(q.device), early=True,
-    )  # fmt: skip
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _map(matrix: Tensor, box_rows: int) -> bytes:
-    return tensor_map(matrix.data_ptr(), *matrix.shape, box_rows, matrix.itemsize)

@@ -25,12 +25,19 @@
 // Persistent: one block a multiprocessor; a cluster takes tiles in columns GROUP high, so that the rows of x stay in the
 // L2 while w streams by. The copying thread runs ahead into the next tile while the sums are written.
 //
-// The sums leave 128 bytes of columns at a time: scaled, put down in shared memory in the copy engine's swizzle, and
-// written by it while the next 128 bytes are scaled and the next tile is multiplied. Four lanes that write their own 64
-// bytes of each row instead, with scales read at the end: 5.4 us a tile where the products take 16.7 (K = 4096).
+// The sums leave straight from the registers: the four lanes that hold a row trade words, so that each has 16 bytes in a
+// row and the four 64; nobody waits for anybody. By way of shared memory and the copy engine 2% slower (K = 4096).
+//
+// QUANTIZE: x comes as it is, float16 or bfloat16; its rows become codes ahead of the tiles (int8_rows.cuh).
 #include "hopper.cuh"
 #include "int8_epilogue.cuh"
 #include "wgmma_s8.cuh"
+#ifndef QUANTIZE
+#define QUANTIZE 0
+#endif
+#if QUANTIZE
+#include "int8_rows.cuh"
+#endif
 
 constexpr int TILE_M = 128, STEP = 128;
 #ifndef TILE_N
@@ -48,17 +55,15 @@ constexpr int TILE_M = 128, STEP = 128;
 #ifndef CLUSTER_N
 #define CLUSTER_N 1
 #endif
-#ifndef STAGED  // 0: rows of y are no multiple of 16 bytes, and the copy engine can't write them
-#define STAGED 1
+#ifndef ALIGNED  // 0: rows of y are no multiple of 16 bytes
+#define ALIGNED 1
 #endif
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N, SHARERS = CLUSTER_M + CLUSTER_N - 1;  // sharers: of a row or a column
 constexpr int X_BYTES = TILE_M * STEP, W_BYTES = TILE_N * STEP, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int SUMS = TILE_N / 2;                           // registers a thread
 constexpr int SIZE = KIND == 0 || KIND == 3 ? 4 : 2;       // bytes of an output
-constexpr int COLUMNS = 128 / SIZE, CHUNK_BYTES = 64 * 128;  // of the part of a tile that is written at once
-constexpr int OUT_AT = STAGES * STAGE_BYTES;               // two chunks a warpgroup
-constexpr int SCALES_AT = OUT_AT + 4 * CHUNK_BYTES;        // float [2][TILE_N]
-constexpr int BARRIERS_AT = SCALES_AT + 2 * TILE_N * 4;
+constexpr int COLUMNS_AT = STAGES * STAGE_BYTES;           // scale, bias and sum of the columns: [2][3][TILE_N]
+constexpr int BARRIERS_AT = COLUMNS_AT + 2 * 3 * TILE_N * 4;
 
 struct Tile { int m0, n0; };
 
@@ -83,80 +88,101 @@ __device__ __forceinline__ void fetch(unsigned to, const TensorMap* map, int k, 
     else copy_box_to_all(to, map, k, r, barrier, mask);
 }
 
-// What a warpgroup needs to write its 64 rows: those of this lane, and the tile's columns in shared memory.
-// Where there is a bias or a zero-point (not `plain`), the second chunk's place holds bias and sums of the columns.
+// What a warpgroup needs to write its 64 rows: scales of this lane's two, and the tile's columns in shared memory.
 struct Target {
-    unsigned char* chunks;
-    const float* scales;
+    const float* columns;  // scales, then biases, then sums of the codes
     Row rows[2];
-    int m0, n0, id;  // id: the warpgroup, 1 or 2
-    bool plain;
+    int m0, n0;
+    bool plain;  // neither bias nor zero-point: of the columns, scales alone are there
 
-    __device__ __forceinline__ float* bias() const { return (float*)(chunks + CHUNK_BYTES); }
-    __device__ __forceinline__ int* sums() const { return (int*)(chunks + CHUNK_BYTES) + TILE_N; }
     __device__ __forceinline__ Column column(int n) const {
-        if (plain) return {scales[n], 0.0f, 0};
-        return {scales[n], bias()[n], sums()[n]};
+        if (plain) return {columns[n], 0.0f, 0};
+        return {columns[n], columns[TILE_N + n], ((const int*)columns)[2 * TILE_N + n]};
     }
 };
 
-// Scale two neighbours of a row and put them down: r the row in the chunk, j the group of 8 columns in it.
-template <bool PLAIN>
-__device__ __forceinline__ void put(const Target& to, unsigned char* chunk, int2 sum, int half, int r, int j, int column) {
-    int t = threadIdx.x % 4;
-    unsigned char* row = chunk + r * 128;
-    if (KIND == 0) {
-        *(int2*)(row + ((j * 2 + t / 2) ^ (r % 8)) * 16 + t % 2 * 8) = sum;
-        return;
-    }
-    float2 scale = *(const float2*)&to.scales[column];
-    Column left{scale.x, 0.0f, 0}, right{scale.y, 0.0f, 0};
-    if (!PLAIN) left = to.column(column), right = to.column(column + 1);
-    float first = scaled(sum.x, to.rows[half], left), second = scaled(sum.y, to.rows[half], right);
-    if (SIZE == 2) *(unsigned*)(row + (j ^ (r % 8)) * 16 + t * 4) = pair(first, second);
-    else *(float2*)(row + ((j * 2 + t / 2) ^ (r % 8)) * 16 + t % 2 * 8) = make_float2(first, second);
+// Two neighbours of a row as they are stored: one word, or `first` and `second`.
+struct Pair { unsigned first, second; };
+template <bool PLAIN> __device__ __forceinline__ Pair made(int first, int second, Row r, Column left, Column right) {
+    if (KIND == 0) return {(unsigned)first, (unsigned)second};
+    float a = PLAIN ? (float)first * (r.scale * left.scale) : scaled(first, r, left);
+    float b = PLAIN ? (float)second * (r.scale * right.scale) : scaled(second, r, right);
+    if (SIZE == 2) return {pair(a, b), 0};
+    return {__float_as_uint(a), __float_as_uint(b)};
 }
 
-// Write a warpgroup's rows through shared memory, a chunk of 128 bytes of columns after the other.
+// Lanes that differ in the bit `lanes` trade a word: the lower one keeps mine, the upper one other.
+__device__ __forceinline__ void trade(unsigned& mine, unsigned& other, int lanes) {
+    bool upper = threadIdx.x & lanes;
+    unsigned got = __shfl_xor_sync(0xffffffffu, upper ? mine : other, lanes);
+    if (upper) mine = got;
+    else other = got;
+}
+
+// Write a warpgroup's rows, 16 bytes a lane. Of GROUPS groups of 8 columns a lane of a quad has a pair each; it gets 16
+// bytes of one: all of a group, or, of 4-byte outputs, half of one.
 template <bool PLAIN>
-__device__ __forceinline__ void write_staged(const int (&d)[SUMS], const Target& to, const TensorMap* y_map) {
-    int thread = threadIdx.x % 128, r = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
+__device__ __forceinline__ void write_rows(const int (&d)[SUMS], const Target& to, void* out, int M, int N) {
+    int thread = threadIdx.x % 128, m = to.m0 + thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
+    constexpr int GROUPS = SIZE == 2 ? 4 : 2;
 #pragma unroll
-    for (int c = 0; c < TILE_N / COLUMNS; c++) {
-        unsigned char* chunk = to.chunks + (PLAIN ? c % 2 * CHUNK_BYTES : 0);
-        if (thread == 0) stores_read<PLAIN ? 1 : 0>();  // the copy engine has read what stood there
-        named_barrier(to.id, 128);
+    for (int j = 0; j < TILE_N / 8; j += GROUPS) {
+        unsigned w[2][4];  // of either row
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 8; j++)
+        for (int i = 0; i < GROUPS; i++) {
+            int n = (j + i) * 8 + t * 2;
+            Column left{}, right{};
+            if (KIND != 0 && PLAIN) {
+                float2 scales = *(const float2*)&to.columns[n];
+                left.scale = scales.x, right.scale = scales.y;
+            } else if (KIND != 0) left = to.column(n), right = to.column(n + 1);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                int at = (c * COLUMNS / 8 + j) * 4 + half * 2;
-                put<PLAIN>(to, chunk, make_int2(d[at], d[at + 1]), half, r + half * 8, j, c * COLUMNS + j * 8 + t * 2);
+                int at = (j + i) * 4 + half * 2;
+                Pair p = made<PLAIN>(d[at], d[at + 1], to.rows[half], left, right);
+                w[half][i] = p.first;
+                if (SIZE == 4) w[half][i + 2] = p.second;
             }
-        shared_to_copy_engine();
-        named_barrier(to.id, 128);
-        if (thread == 0) store_box(y_map, to.n0 + c * COLUMNS, to.m0, shared_address(chunk));
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            trade(w[half][0], w[half][1], 1);
+            trade(w[half][2], w[half][3], 1);
+            int n = to.n0 + j * 8, row = m + half * 8;
+            if (SIZE == 2) {  // now lane t has word t of every lane, in their order
+                trade(w[half][0], w[half][2], 2);
+                trade(w[half][1], w[half][3], 2);
+                n += t * 8;
+            } else {  // even lanes have the first group, its columns 4 (t / 2) and on, odd lanes the second
+                unsigned swapped = w[half][1];
+                w[half][1] = w[half][2], w[half][2] = swapped;
+                n += t % 2 * 8 + t / 2 * 4;
+            }
+            if (row < M && n < N)
+                *(uint4*)((unsigned char*)out + ((size_t)row * N + n) * SIZE) =
+                    make_uint4(w[half][0], w[half][1], w[half][2], w[half][3]);
+        }
     }
 }
 
-// Write a warpgroup's rows one output after the other.
+// The same one output after the other.
 __device__ __forceinline__ void write_single(const int (&d)[SUMS], const Target& to, const Epilogue& e, int M, int N) {
     int thread = threadIdx.x % 128, m = to.m0 + thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
-    named_barrier(to.id, 128);
 #pragma unroll
     for (int j = 0; j < SUMS / 4; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int n = j * 8 + t * 2 + i % 2, row = m + i / 2 * 8;
-            if (row < M && to.n0 + n < N)
-                store(e, d[j * 4 + i], to.rows[i / 2], to.column(n), (size_t)row * N + to.n0 + n);
+            if (row >= M || to.n0 + n >= N) continue;
+            size_t at = (size_t)row * N + to.n0 + n;
+            store(e, d[j * 4 + i], to.rows[i / 2], to.column(n), at);
         }
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
-int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-           const __grid_constant__ TensorMap y_map, EPILOGUE_PARAMETERS, int M, int N, int K) {
-    extern __shared__ __align__(1024) unsigned char memory[];
+int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, EPILOGUE_PARAMETERS,
+           int M, int N, int K, const unsigned short* x, int x_row, signed char* q, unsigned* counters) {
+    DYNAMIC_SHARED(memory, 1024);
     Epilogue e = EPILOGUE;
     unsigned stages = shared_address(memory), full = stages + BARRIERS_AT, empty = full + STAGES * 8;
     int group = threadIdx.x / 128, rank = cluster_rank(), down = rank % CLUSTER_M, right = rank / CLUSTER_M;
@@ -175,37 +201,60 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     }
     cluster_barrier();
     let_next_start();
+    unsigned short below = ((1 << CLUSTER_M) - 1) << (right * CLUSTER_M), beside = 0;
+    int ahead = min(STAGES, steps);  // stages that have w before the loop comes to them
+    if (threadIdx.x == 0) {
+        int n = place(blockIdx.x / CLUSTER, high, wide, down, right).n0 + down * (TILE_N / CLUSTER_M);
+        for (int s = 0; s < ahead; s++) {
+            unsigned to = stages + s * STAGE_BYTES + X_BYTES + down * (W_BYTES / CLUSTER_M);
+            barrier_expect(full + s * 8, STAGE_BYTES);
+            fetch(to, &w_map, s * STEP, n, full + s * 8, CLUSTER_M, below);
+        }
+    }
+#if QUANTIZE
+    wait_for_previous();
+    Rows rows{x, x_row, M, K, q, (float*)e.x_scale, counters};
+    int first_rows = min(M, GROUP * CLUSTER_M * TILE_M);
+    quantize_first_rows(rows, first_rows);
+#endif
 
     if (group == 0) {
-        give_registers<40>();
+        give_registers<QUANTIZE ? 88 : 40>();
         if (threadIdx.x == 0) {
-            wait_for_previous();
-            int stage = 0, parity = 1;
-            unsigned short beside = 0, below = ((1 << CLUSTER_M) - 1) << (right * CLUSTER_M);
             for (int i = 0; i < CLUSTER_N; i++) beside |= 1 << (i * CLUSTER_M + down);
+            int stage = 0, parity = 1;
+            wait_for_previous();
             for (int index = blockIdx.x / CLUSTER; index < tiles; index += gridDim.x / CLUSTER) {
                 Tile tile = place(index, high, wide, down, right);
                 int m = tile.m0 + right * (TILE_M / CLUSTER_N), n = tile.n0 + down * (TILE_N / CLUSTER_M);
+#if QUANTIZE
+                if (m < M) rows.wait(m);
+#endif
                 for (int step = 0; step < steps; step++) {
                     unsigned here = stages + stage * STAGE_BYTES, arrived = full + stage * 8;
                     unsigned x_to = here + right * (X_BYTES / CLUSTER_N);
                     unsigned w_to = here + X_BYTES + down * (W_BYTES / CLUSTER_M);
-                    barrier_wait(empty + stage * 8, parity);
-                    barrier_expect(arrived, STAGE_BYTES);
+                    if (ahead == 0) {
+                        barrier_wait(empty + stage * 8, parity);
+                        barrier_expect(arrived, STAGE_BYTES);
+                    }
                     fetch(x_to, &x_map, step * STEP, m, arrived, CLUSTER_N, beside);
-                    fetch(w_to, &w_map, step * STEP, n, arrived, CLUSTER_M, below);
+                    if (ahead > 0) ahead--;
+                    else fetch(w_to, &w_map, step * STEP, n, arrived, CLUSTER_M, below);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
             }
         }
+#if QUANTIZE
+        if (threadIdx.x >= 32) quantize_other_rows(rows, first_rows);
+#endif
         __syncwarp();
     } else {
-        take_registers<232>();
+        take_registers<QUANTIZE ? 208 : 232>();
         int thread = threadIdx.x % 128, stage = 0, parity = 0, target = sharer(thread % SHARERS, down, right);
-        float* scales = (float*)(memory + SCALES_AT) + (group - 1) * TILE_N;
+        float* columns = (float*)(memory + COLUMNS_AT) + (group - 1) * 3 * TILE_N;
         Target to;
-        to.chunks = memory + OUT_AT + (group - 1) * 2 * CHUNK_BYTES, to.scales = scales, to.id = group;
-        to.plain = e.bias == nullptr && e.x_zero == nullptr;
+        to.columns = columns, to.plain = e.bias == nullptr && e.x_zero == nullptr;
         wait_for_previous();
         for (int index = blockIdx.x / CLUSTER; index < tiles; index += gridDim.x / CLUSTER) {
             Tile tile = place(index, high, wide, down, right);
@@ -218,7 +267,7 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
                     next[i] = n < N ? read_column(e, n) : Column{0.0f, 0.0f, 0};
                 }
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
+                for (int half = 0; half < 2 && !QUANTIZE; half++) {
                     int m = to.m0 + thread / 32 * 16 + thread % 32 / 4 + half * 8;
                     to.rows[half] = m < M ? read_row(e, m) : Row{0.0f, 0};
                 }
@@ -229,6 +278,14 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
                 unsigned long long a = descriptor(stages + stage * STAGE_BYTES + (group - 1) * 64 * STEP);
                 unsigned long long b = descriptor(stages + stage * STAGE_BYTES + X_BYTES);
                 barrier_wait(full + stage * 8, parity);
+#if QUANTIZE
+                if (step == 0)  // the rows are ready, and so are their scales
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        int m = to.m0 + thread / 32 * 16 + thread % 32 / 4 + half * 8;
+                        to.rows[half] = Row{m < M ? load_fresh(e.x_scale + m) : 0.0f, 0};
+                    }
+#endif
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < STEP / 32; k++) wgmma(d, a + k * 2, b + k * 2, step > 0 || k > 0);
@@ -240,21 +297,24 @@ int8_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
             }
             wgmma_wait<0>();
             if (thread < SHARERS) barrier_arrive_remote(empty + previous * 8, target);
-            if (KIND != 0)  // what the last tile read here is behind a barrier, and so is what this one reads
+            if (KIND != 0) {
+                named_barrier(group, 128);  // nobody reads the columns of the tile before any more
 #pragma unroll
                 for (int i = 0; i < (TILE_N + 127) / 128; i++) {
                     int n = i * 128 + thread;
                     if (TILE_N % 128 && n >= TILE_N) break;
-                    scales[n] = next[i].scale;
-                    if (!to.plain) to.bias()[n] = next[i].bias, to.sums()[n] = next[i].sum;
+                    columns[n] = next[i].scale;
+                    if (!to.plain) columns[TILE_N + n] = next[i].bias, ((int*)columns)[2 * TILE_N + n] = next[i].sum;
                 }
-            if (!STAGED) {
-                write_single(d, to, e, M, N);
-                named_barrier(to.id, 128);
-            } else if (to.plain) write_staged<true>(d, to, &y_map);
-            else write_staged<false>(d, to, &y_map);
+                named_barrier(group, 128);
+            }
+            if (!ALIGNED) write_single(d, to, e, M, N);
+            else if (to.plain) write_rows<true>(d, to, e.out, M, N);
+            else write_rows<false>(d, to, e.out, M, N);
         }
-        if (STAGED && thread == 0) stores_read<0>();
     }
     cluster_meet();  // a block must not leave while the other may still send to it
+#if QUANTIZE
+    reset_counters(rows);
+#endif
 }

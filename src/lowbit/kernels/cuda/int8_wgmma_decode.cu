@@ -40,13 +40,14 @@ constexpr int PITCH = ROWS + 4;  // of the sums [TOKENS][ROWS] in shared memory;
 extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS)
 int8_wgmma_decode(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, EPILOGUE_PARAMETERS,
                   int M, int N, int K) {
-    extern __shared__ unsigned char memory[];
-    __shared__ __align__(8) unsigned long long barriers[2 * STAGES];
-    __shared__ Column columns[ROWS];
+    DYNAMIC_SHARED(memory, 16);
+    struct Board { unsigned long long barriers[2 * STAGES]; Column columns[ROWS]; };
+    SHARED(Board, board);
+    Column* columns = board.columns;
     Epilogue e = EPILOGUE;
     unsigned stages = (shared_address(memory) + 1023) & ~1023u;
     int* sums = (int*)(memory + (stages - shared_address(memory)));  // over the stages, once they are consumed
-    unsigned full = shared_address(barriers), empty = full + STAGES * 8;
+    unsigned full = shared_address(board.barriers), empty = full + STAGES * 8;
     int group = threadIdx.x / 128, rank = blockIdx.x % SPLIT, n0 = blockIdx.x / SPLIT * ROWS;
     int t0 = blockIdx.y * TOKENS, tokens = min(TOKENS, M - t0);
     int steps = (K + STEP - 1) / STEP, first = steps * rank / SPLIT, count = steps * (rank + 1) / SPLIT - first;

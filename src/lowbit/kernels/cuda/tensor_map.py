@@ -14,21 +14,21 @@ BOX_BYTES = 128  # of a row in one box: what the 128-byte swizzle permutes
 
 
 @lru_cache(maxsize=4096)
-def tensor_map(address: int, rows: int, columns: int, box_rows: int, item_bytes: int = 1) -> bytes:
+def tensor_map(address: int, rows: int, columns: int, box_rows: int) -> bytes:
     """The map of a matrix [rows, columns]: boxes of box_rows times 128 bytes, swizzled; zeros outside.
 
-    item_bytes: 1 or 2, of one element; a kernel's coordinates count elements. The address and the bytes of a row are
-    multiples of 16. Raises RuntimeError with the driver's answer.
+    Elements are bytes. The address and the bytes of a row are multiples of 16. Raises RuntimeError with the driver's
+    answer.
     """
     driver: Any = require("cuda.bindings.driver", "cuda")
     one = driver.cuuint32_t(1)
     status, encoded = driver.cuTensorMapEncodeTiled(
-        getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_UINT{8 * item_bytes}"),
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
         2,
         address,
         [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(columns * item_bytes)],
-        [driver.cuuint32_t(BOX_BYTES // item_bytes), driver.cuuint32_t(box_rows)],
+        [driver.cuuint64_t(columns)],
+        [driver.cuuint32_t(BOX_BYTES), driver.cuuint32_t(box_rows)],
         [one, one],
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,

@@ -88,7 +88,17 @@ INT8 = (
     *(
         Variant("int8_wgmma.cu", "int8_wgmma", (("KIND", kind), *defines), only="sm_90a", why=_WGMMA)
         for kind in range(4)
-        for defines in ((), (("STAGED", 0), ("TILE_N", 192)))
+        for defines in ((), (("ALIGNED", 0), ("TILE_N", 192)))
+    ),
+    *(
+        Variant(
+            "int8_wgmma.cu",
+            "int8_wgmma",
+            (("KIND", kind), ("QUANTIZE", 1), ("WARPS", warps)),
+            only="sm_90a",
+            why=_WGMMA,
+        )
+        for kind, warps in ((1, 4), (2, 1))
     ),
     Variant("int8_wgmma_decode.cu", "int8_wgmma_decode", (("KIND", 0),), only="sm_90a", why=_WGMMA),
     *(

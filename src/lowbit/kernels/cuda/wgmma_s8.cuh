@@ -9,6 +9,7 @@
 // stands at c ^ (r % 8). A descriptor is: address / 16 | 1024 / 16 << 32 (bytes from 8 rows to the next 8) | 1 << 62
 // (that swizzle). 32 bytes further along K are + 2 in the address field. Tiles start at multiples of 1024 bytes.
 #pragma once
+#ifndef EMULATED  // tests/kernels/cuda/emulated_int8.hpp defines the same in C++
 
 __device__ __forceinline__ unsigned long long descriptor(unsigned address) {
     return (unsigned long long)((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
@@ -86,3 +87,4 @@ __device__ __forceinline__ void wgmma(int (&d)[128], unsigned long long a, unsig
 #undef R4
 #undef R16
 #undef R32
+#endif
