@@ -36,6 +36,12 @@ def above_lowbit(row: Row, rows: Sequence[Row]) -> str:
     return ""
 
 
+def seconds(row: Row) -> str:
+    """Where rows tell the call of a borrowed machine that they come from, only those of one call were alike busy."""
+    call = f", call {row['call']}" if "call" in row else ""
+    return f"{row['seconds']:.1f} on {row['device']}{call}"
+
+
 def side_by_side(rows: Sequence[Row]) -> None:
     print("| model | tool | method | format | KL | above lowbit's | perplexity (original) | top-1 | seconds | seed |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -47,7 +53,7 @@ def side_by_side(rows: Sequence[Row]) -> None:
             f"| {row['model']} | {row['tool']} {row['version']} | {row['method']} | {shown} "
             f"| {row['kld']:.4f} ± {row['kld_stderr']:.4f} | {above_lowbit(row, rows)} "
             f"| {row['perplexity']:.2f} ({row['perplexity_reference']:.2f}) | {row['top1']:.3f} "
-            f"| {row['seconds']:.1f} on {row['device']} | {row['seed']} |"
+            f"| {seconds(row)} | {row['seed']} |"
         )
 
 

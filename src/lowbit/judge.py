@@ -117,6 +117,8 @@ class Reference:
         if not torch.allclose(whole, again, rtol=1e-3, atol=1e-3):
             raise InputError(f"{type(model).__name__} makes its logits of more than hidden states: use --no-eval")
         hidden = tuple(window.cpu() for window in hidden_states(model, tokens.ids))
+        if model.device.type != "cpu":
+            head = copy.deepcopy(head)  # the model may leave the device, and would take its own head along
         return cls(tokens, hidden, head, model.device)
 
 

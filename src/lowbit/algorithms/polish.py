@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit.algorithms.blocks import divisor_of, is_blocks
 from lowbit.algorithms.columns import PANEL, Columns
 from lowbit.numerics import microscale
-from lowbit.numerics.affine import decode, group_view, per_column, where_codes
+from lowbit.numerics.affine import group_view, per_column, where_codes
 from lowbit.numerics.scheme import TensorScheme
 
 CHUNK = 1 << 26  # numbers in the largest intermediate of a refit
@@ -39,19 +39,18 @@ def polish(
 
     w [N, K] float32; moment [K, K]; q int8 [N, K]; order [K]: in which columns descend.
     """
-    best = row_errors(decode(q, scale, zero, scheme) - w, moment)
+    wanted = w @ moment  # [N, K]
+    whole = scheme.granularity == "tensor"  # one scale: the rows stand or fall together
     for step in range(2 * rounds + 1):
-        new_q, new_scale = q, scale
         if step % 2:
-            new_q = descend(w, moment, q, scale, zero, scheme, order, columns)
+            new_q, before, after = _descended(w, moment, q, scale, zero, scheme, order, columns)
+            fell = (after.sum() < before.sum()).expand_as(after) if whole else after < before
+            q = where_codes(fell[:, None], new_q, q)
         else:
-            new_scale = refit_scale(w, moment, q, scale, zero, scheme)
-        error = row_errors(decode(new_q, new_scale, zero, scheme) - w, moment)
-        whole = scheme.granularity == "tensor"  # one scale: the rows stand or fall together
-        better = (error.sum() < best.sum()).expand_as(error) if whole else error < best
-        best = torch.where(better, error, best)
-        q = where_codes(better[:, None], new_q, q)
-        scale = torch.where(better[0] if scale.dim() == 1 else better[:, None], new_scale, scale)
+            equations = _equations(wanted, moment, q, zero, scheme)
+            new_scale = _fitted(equations, w, scale, scheme)
+            fell = _value(equations, new_scale) < _value(equations, scale)  # [N], or [1] for one scale
+            scale = torch.where(fell if scale.dim() == 1 else fell[:, None], new_scale, scale)
     return q, scale
 
 
@@ -67,15 +66,28 @@ def refit_scale(
 
     A scale stays as it was where its codes are all zero, or where the new one has another sign or is not finite.
     """
+    return _fitted(_equations(w @ moment, moment, q, zero, scheme), w, scale, scheme)
+
+
+def _equations(
+    wanted: Tensor, moment: Tensor, q: Tensor, zero: Tensor | None, scheme: TensorScheme
+) -> tuple[Tensor, Tensor]:
+    """(A [N, K/G, K/G], b [N, K/G]) of the scales, float64, N = 1 for one scale; wanted [N, K] = w H."""
     u = group_view(q.float(), scheme)
     u = u if zero is None else u - zero.float().unsqueeze(-1)
-    rows, columns = w.shape
+    rows, columns = wanted.shape
     u = u.reshape(rows, -1, columns if scheme.granularity == "tensor" else u.shape[-1])  # [N, K/G, G]
     chunk = max(CHUNK // (u.shape[1] * columns), 1)
-    left = torch.cat([_group_products(part, moment) for part in u.split(chunk)]).double()  # [N, K/G, K/G]
-    right = ((w @ moment).view_as(u) * u).sum(-1).double()  # [N, K/G]
+    left = torch.cat([_group_products(part, moment) for part in u.split(chunk)]).double()
+    right = (wanted.view_as(u) * u).sum(-1).double()
     if scheme.granularity == "tensor":
         left, right = left.sum(0, keepdim=True), right.sum(0, keepdim=True)
+    return left, right
+
+
+def _fitted(equations: tuple[Tensor, Tensor], w: Tensor, scale: Tensor, scheme: TensorScheme) -> Tensor:
+    """The solution of the equations as it is stored, in scale's shape; scale where `refit_scale` keeps it."""
+    left, right = equations
     diagonal = left.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0
     ridge = torch.where(empty, 1.0, 1e-6 * diagonal)  # H need not be definite
@@ -85,6 +97,13 @@ def refit_scale(
         fitted = microscale.snap(fitted, scheme.format, divisor_of(w, scheme.format, True))
     keep = empty.reshape(scale.shape) | ~fitted.isfinite() | (fitted * scale.sign() <= 0)
     return torch.where(keep, scale, fitted)
+
+
+def _value(equations: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
+    """f [N] under the scales, less what does not depend on them: s A s^T - 2 b s^T."""
+    left, right = equations
+    s = scale.double().view_as(right)
+    return torch.einsum("ng,ngh,nh->n", s, left, s) - 2 * (right * s).sum(-1)
 
 
 def _group_products(u: Tensor, moment: Tensor) -> Tensor:
@@ -105,11 +124,28 @@ def descend(
     columns: Columns,
 ) -> Tensor:
     """Codes int8 [N, K] after each column, in this order, took the best code beside all the others."""
+    return _descended(w, moment, q, scale, zero, scheme, order, columns)[0]
+
+
+def _descended(
+    w: Tensor,
+    moment: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: TensorScheme,
+    order: Tensor,
+    columns: Columns,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the codes of `descend`, f [N] before, f after): E and E H, which descent keeps up, tell f."""
     steps = per_column(scale, scheme, w.shape)[order]  # [K, N]
     shifts = torch.zeros_like(steps) if zero is None else per_column(zero, scheme, w.shape)[order]
     codes = q.float().T[order]
     moment = moment[order][:, order]
-    gradient = moment @ ((codes - shifts) * steps - w.T[order])  # [K, N]
+    target = w.T[order]
+    error = (codes - shifts) * steps - target  # [K, N]
+    gradient = moment @ error
+    before = (error * gradient).sum(0)
     for start in range(0, len(order), PANEL):
         part = slice(start, min(start + PANEL, len(order)))
         found, moved = columns.descend_panel(
@@ -117,6 +153,7 @@ def descend(
         )
         codes[part] = found
         gradient.addmm_(moment[:, part], moved)
+    after = (((codes - shifts) * steps - target) * gradient).sum(0)
     natural = torch.empty_like(codes)
     natural[order] = codes
-    return natural.T.contiguous().to(q.dtype)  # [K, N] -> [N, K]
+    return natural.T.contiguous().to(q.dtype), before, after  # [K, N] -> [N, K]
