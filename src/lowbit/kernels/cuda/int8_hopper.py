@@ -8,9 +8,9 @@ from lowbit.kernels.cuda.int8_decode import decode
 from lowbit.kernels.cuda.int8_prefill import MOST_TOKENS, prefill
 from lowbit.kernels.int8 import Scaling
 
-# From 2048 tokens on a prefill that quantizes x itself is up to 6 % faster (bench/results/int8_peers.json: 4096 x 14336 at
-# M=4096 326 us for 347, at 8192 646 for 685). It stays off until its bits were compared on a GPU (tests/gpu/test_gpu_int8.py,
-# gives_the_bits, and then 2048 here): so far the emulator has done so, and its forerunner on an H200.
+# From 2048 tokens on a prefill that quantizes x itself is up to 6 % faster (bench/results/int8_peers.json: 4096 x 14336
+# at M=4096 326 us for 347, at 8192 646 for 685). It stays off until its bits were compared on a GPU (gives_the_bits in
+# tests/gpu/test_gpu_int8.py, and then 2048 here): so far the emulator has done so, and its forerunner on an H200.
 MANY_TOKENS = MOST_TOKENS + 1
 
 
