@@ -147,6 +147,22 @@ def test_every_kind_of_scheme_climbs_its_own_ladder_on_a_real_run(scheme: str, m
     assert judge.fidelity(model, reference).kld == pytest.approx(min(float(kld) for _, kld in found), abs=6e-5)
 
 
+def test_learning_in_16_bits_moves_norms_and_leaves_16_bits() -> None:
+    """bfloat16 has steps of 1/256 near 1, far longer than those of a norm's gain."""
+    original = _original().bfloat16()
+    model = copy.deepcopy(original)
+    learning = Learning(steps=30, held_out=4, rate=0.02, gain_rate=0.01, norm_rate=1e-3)
+    recipe = Recipe(SCHEME, "learned", correction=Correction(strength=10.0), learning=learning)  # a bad start
+    outcome = effort.run(model, _job(model, recipe), IDS)
+    norms = {name for name, _ in model.named_parameters() if "norm" in name}
+    assert outcome.log.rewritten == norms
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    before = dict(original.named_parameters())
+    assert any(
+        not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name in norms
+    )
+
+
 def test_learning_begins_from_the_closest_rung_below() -> None:
     recipe = dataclasses.replace(recipe_at(SCHEME, 4), learning=Learning(steps=30, windows=2, checks=6, rate=0.02))
     model = _original()

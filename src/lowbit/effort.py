@@ -150,11 +150,13 @@ def _placed(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Job:
 def _learn(
     model: PreTrainedModel, original: PreTrainedModel, job: Job, ids: Tensor, learning: Learning, log: LayerLog
 ) -> None:
+    dtype = next(iter(original.parameters())).dtype
     for part in (model, original):
         part.to(job.device)  # type: ignore[arg-type]
+    model.float()  # steps of a norm's gain would vanish in 16 bits; codes and scales keep their dtypes
     with torch.enable_grad():
         learned = learn(model, original, ids, learning, job.progress)
-    model.to("cpu")  # type: ignore[arg-type]
+    model.to("cpu", dtype)  # type: ignore[arg-type]
     log.rewritten |= learned.rewritten
     if learned.step:
         words = f"lowered KL on windows kept apart from {learned.before:.4f} to {learned.after:.4f}"
