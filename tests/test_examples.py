@@ -36,7 +36,7 @@ def test_the_demo_shows_a_table_a_sample_and_a_report(
 ) -> None:
     demo, model = example("demo"), cut_demo_model(tmp_path / "model")
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(demo, "Calibration", lambda **_: Calibration(samples=4, seq_len=64))
+    monkeypatch.setattr(demo, "Calibration", lambda **_: Calibration(samples=25, seq_len=64))
     monkeypatch.setattr(demo, "Evaluation", lambda **_: Evaluation(windows=2, seq_len=64, sample_tokens=4))
     demo.main(str(model), str(tmp_path / "out"))
     shown, page = capsys.readouterr().out, tmp_path / "out" / "report.html"

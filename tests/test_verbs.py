@@ -221,7 +221,7 @@ def test_calibration_and_evaluation_never_share_a_text(place: Path, tmp_path: Pa
     held_out = load_tokens(place / "evaluation.txt", character_tokenizer(), 3, 64, 0)
     copy = shutil.copy(place / "evaluation.txt", tmp_path / "copy.txt")
     evaluation = Evaluation(place / "evaluation.txt", windows=3, seq_len=64)
-    for source in (place / "evaluation.txt", copy, held_out.ids.clone(), held_out.ids[:1, :40].clone()):
+    for source in (place / "evaluation.txt", copy, held_out.ids.clone(), held_out.ids[:2, :60].clone()):
         seen = Conditions(Calibration(source, samples=180, seq_len=32), evaluation)
         with pytest.raises(InputError, match="can't be both calibration and evaluation text"):
             lowbit.quantize(place / "model", tmp_path / "out", Recipe.parse("gptq:w4a16-g16"), seen)

@@ -45,7 +45,7 @@ def two_blocks_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
-    return Calibration(write_text(tmp_path_factory.mktemp("text") / "calibration.txt", seed=0), samples=4, seq_len=32)
+    return Calibration(write_text(tmp_path_factory.mktemp("text") / "calibration.txt", seed=0), samples=50, seq_len=32)
 
 
 def quantized(source: Path, out: Path, recipe: Recipe, calibration: Calibration) -> Path:
