@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowbit
 from lowbit.inspection import inspect_checkpoint
-from lowbit.io.convert import Options, convert
+from lowbit.io.conversion import Options
+from lowbit.io.convert import convert
 from lowbit.io.gguf_blocks import BY_NAME
 from lowbit.io.gguf_encode import encode_floats
 from lowbit.io.gguf_file import GgufFile, write_gguf

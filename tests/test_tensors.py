@@ -12,7 +12,8 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.numerics import affine, codebook
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.tensors import PackedWeight, check_finite, storage_of, tensor_shapes
+from lowbit.numerics.storage import storage_of, tensor_shapes
+from lowbit.tensors import PackedWeight, check_finite
 
 N, K = 48, 192
 _WEIGHTS = ("", "-tensor", "-g32", "-asym", "-tensor-asym", "-g64-asym")

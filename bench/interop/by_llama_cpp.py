@@ -24,7 +24,8 @@ from test_gguf import checkpoint, pieces_tokenizer
 from transformers import AutoTokenizer
 
 import lowbit
-from lowbit.io.convert import Options, convert
+from lowbit.io.conversion import Options
+from lowbit.io.convert import convert
 from lowbit.io.gguf_blocks import BY_NAME
 from lowbit.io.gguf_encode import encode_floats
 from lowbit.model.recipe import Recipe

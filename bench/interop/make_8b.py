@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit.io.tensorfile import TensorWriter, header_bound
+from lowbit.io.tensorwriter import TensorWriter, header_bound
 
 HIDDEN, INNER, KEYS, LAYERS, VOCABULARY, GROUP = 4096, 14336, 1024, 32, 128256, 128
 LINEARS = {

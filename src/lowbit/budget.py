@@ -26,8 +26,8 @@ from lowbit.model.recipe import Recipe
 from lowbit.model.select import Selection
 from lowbit.numerics.formats import INT_BITS, int_format
 from lowbit.numerics.scheme import QuantScheme
+from lowbit.numerics.storage import storage_of
 from lowbit.report import BudgetRecord, Report, TradeOff
-from lowbit.tensors import storage_of
 from lowbit.tradeoff import Table, average_bits, check_reachable, measured_table
 
 MARGIN = 0.9  # a new run aims at this share of the gate: costs do not add up exactly

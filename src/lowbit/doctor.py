@@ -17,7 +17,8 @@ import torch
 from lowbit.diagnosis import CONSUMERS, READERS, SERVERS, Diagnosis, Finding, some
 from lowbit.doctor_gguf import examine_gguf
 from lowbit.errors import CheckpointError, InputError
-from lowbit.io.convert import Conversion, Options, convert
+from lowbit.io.conversion import Conversion, Options
+from lowbit.io.convert import convert
 from lowbit.io.empty import empty_model
 from lowbit.io.gguf_names import ARCHITECTURES
 from lowbit.io.names import disk_layout

@@ -20,7 +20,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import lowbit
 from lowbit.errors import CheckpointError
-from lowbit.io.compressed_tensors import CompressedTensorsReader
+from lowbit.io.compressed_tensors_reader import CompressedTensorsReader
 from lowbit.io.fp8 import Fp8Reader
 from lowbit.io.llm_int8 import LlmInt8Reader
 from lowbit.io.mxfp4 import Mxfp4Reader

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lowbit
 from lowbit.errors import InputError, SchemeError
-from lowbit.io.convert import Options, convert
+from lowbit.io.conversion import Options
+from lowbit.io.convert import convert
 from lowbit.io.llm_int8 import refusal, tensors_8bit
 from lowbit.model.recipe import Recipe
 from lowbit.nn.linear import QuantLinear

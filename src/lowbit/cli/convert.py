@@ -7,7 +7,8 @@ import typer
 
 from lowbit.cli.app import STDERR, STDOUT, app
 from lowbit.cli.options import Json, Model, Out, Overwrite
-from lowbit.io.convert import FORMATS, Options, convert, verdict
+from lowbit.io.conversion import Options, verdict
+from lowbit.io.convert import FORMATS, convert
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.terminal import Bar
 

@@ -10,17 +10,17 @@ weights again, to the nearest codes of the target's fallback scheme, and says wh
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, InputError
 from lowbit.io.checkpoint import copy_files
+from lowbit.io.conversion import Conversion, Options
 from lowbit.io.folder import atomic_folder, check_destination
 from lowbit.io.gguf_blocks import BY_NAME
 from lowbit.io.gguf_write import GgufWriter
@@ -28,7 +28,8 @@ from lowbit.io.reading import reader_of
 from lowbit.io.source import INDEX, Source, open_source
 from lowbit.io.stored import Reader, Stored
 from lowbit.io.targets import FLOAT, TARGETS, TOOL, Target
-from lowbit.io.tensorfile import Files, TensorFile, TensorWriter, forget, header_bound
+from lowbit.io.tensorfile import Files, TensorFile, forget
+from lowbit.io.tensorwriter import TensorWriter, header_bound
 from lowbit.io.verify import Written, verify_config, verify_shard
 from lowbit.numerics.scheme import QuantScheme, check_fits
 from lowbit.tensors import PackedWeight
@@ -36,35 +37,6 @@ from lowbit.tensors import PackedWeight
 GGUF = {f"gguf-{name.lower()}": BY_NAME[name] for name in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")}
 FORMATS = (*TARGETS, FLOAT, "gguf", *GGUF)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Options:
-    """lossy: None refuses what the target can't hold, "requantize" rounds it again under `scheme` (None: the target's).
-
-    verify=False leaves the second decoding out. dtype is that of "float" (None: the model's). drop: tensors to leave
-    out. progress: see model/quantize.py.
-    """
-
-    lossy: str | None = None
-    scheme: QuantScheme | None = None
-    verify: bool = True
-    dtype: torch.dtype | None = None
-    overwrite: bool = False
-    drop: frozenset[str] = frozenset()
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-
-
-@dataclass
-class Conversion:
-    """What was done: modules by scheme, those rounded again, how many were checked, and the reader's words."""
-
-    source: str
-    target: str
-    schemes: dict[str, QuantScheme] = field(default_factory=dict)
-    requantized: list[str] = field(default_factory=list)
-    verified: int = 0
-    warnings: list[str] = field(default_factory=list)
 
 
 def convert(model: str | Path, out: str | Path, target: str, options: Options = Options()) -> Conversion:
@@ -274,16 +246,3 @@ class _Job:
             if name.endswith(".weight") and len(entry.shape) == 2 and "embed" not in name and ".wte" not in name
         }
         return sorted(names | ({"lm_head"} - set(self.result.schemes)))
-
-
-def verdict(result: Conversion) -> dict[str, Any]:
-    """The conversion in numbers, for a person or JSON."""
-    return {
-        "source": result.source,
-        "format": result.target,
-        "modules": len(result.schemes),
-        "schemes": sorted({str(scheme) for scheme in result.schemes.values()}),
-        "verified": result.verified,
-        "requantized": result.requantized,
-        "warnings": result.warnings,
-    }

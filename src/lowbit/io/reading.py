@@ -6,7 +6,7 @@ from typing import Any
 from lowbit.errors import CheckpointError
 from lowbit.io.awq import AwqReader
 from lowbit.io.bitsandbytes import Bitsandbytes4BitReader
-from lowbit.io.compressed_tensors import CompressedTensorsReader
+from lowbit.io.compressed_tensors_reader import CompressedTensorsReader
 from lowbit.io.fp8 import Fp8Reader
 from lowbit.io.gptq import GptqReader
 from lowbit.io.llm_int8 import LlmInt8Reader

@@ -1,4 +1,4 @@
-"""safetensors files, read tensor by tensor into memory of their own, and written tensor by tensor.
+"""safetensors files, read tensor by tensor into memory of their own (tensorwriter.py writes them).
 
     u64 length of the header | header: JSON {name: {dtype, shape, data_offsets: [begin, end]}}, spaces | bytes
 
@@ -12,13 +12,10 @@ import json
 import math
 import os
 import struct
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -34,9 +31,6 @@ _DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LONGEST_HEADER_BYTES = 100_000_000
-_PIECE_BYTES = 2**20  # 2 GB in writes of 29 MB cost 1.6 to 2.7 CPU-s, in writes of 1 MB 0.4 (Linux 6.18, ext4)
-_KERNEL_PIECE_BYTES = 64 * 2**20
-_WAITING_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class TensorFile:
             raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict):
-            raise _damaged(path, "its metadata is no object")
+            raise damaged(path, "its metadata is no object")
         entries = {name: _entry(path, name, value, start, size) for name, value in header.items()}
         _check_apart(path, entries)
         return cls(path, entries, {str(key): str(value) for key, value in metadata.items()})
@@ -93,7 +87,7 @@ class TensorFile:
             while view:
                 count = file.readinto(view)  # type: ignore[attr-defined]
                 if not count:
-                    raise _damaged(self.path, f"it ends within {name}")
+                    raise damaged(self.path, f"it ends within {name}")
                 view = view[count:]
         return torch.from_numpy(octets).view(entry.dtype).view(entry.shape)
 
@@ -101,32 +95,32 @@ class TensorFile:
 def _header(path: Path, prefix: bytes, size: int, read: object) -> tuple[dict, int]:
     """(header, where the data begins)."""
     if len(prefix) < 8:
-        raise _damaged(path, "it is shorter than 8 bytes")
+        raise damaged(path, "it is shorter than 8 bytes")
     (length,) = struct.unpack("<Q", prefix)
     if length > min(_LONGEST_HEADER_BYTES, size - 8):
-        raise _damaged(path, f"its header of {length} bytes does not fit in {size}")
+        raise damaged(path, f"its header of {length} bytes does not fit in {size}")
     try:
         header = json.loads(read(length))  # type: ignore[operator]
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is no JSON ({str(error)[:80]})") from None
+        raise damaged(path, f"its header is no JSON ({str(error)[:80]})") from None
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is no JSON object")
+        raise damaged(path, "its header is no JSON object")
     return header, 8 + length
 
 
 def _entry(path: Path, name: str, value: object, start: int, size: int) -> Entry:
     """One header entry, checked. Raises CheckpointError."""
     if not isinstance(value, dict) or value.get("dtype") not in _DTYPES:
-        raise _damaged(path, f"{name[:80]!r} has no dtype that safetensors knows")
+        raise damaged(path, f"{name[:80]!r} has no dtype that safetensors knows")
     shape, offsets = value.get("shape"), value.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:  # type: ignore[arg-type]
-        raise _damaged(path, f"{name[:80]!r} has no shape or no offsets")
+        raise damaged(path, f"{name[:80]!r} has no shape or no offsets")
     assert isinstance(shape, list)
     assert isinstance(offsets, list)
     dtype = _DTYPES[value["dtype"]]
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
-        raise _damaged(path, f"{name[:80]!r} of {value['dtype']} {shape[:8]} does not lie at {offsets} of {size} bytes")
+        raise damaged(path, f"{name[:80]!r} of {value['dtype']} {shape[:8]} does not lie at {offsets} of {size} bytes")
     return Entry(dtype, tuple(shape), start + begin, start + end)
 
 
@@ -138,11 +132,11 @@ def _check_apart(path: Path, entries: Mapping[str, Entry]) -> None:
     end = 0
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
         if entry.start < end and entry.bytes:
-            raise _damaged(path, "two of its tensors overlap")
+            raise damaged(path, "two of its tensors overlap")
         end = max(end, entry.stop)
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
+def damaged(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{path} is truncated or no safetensors file: {why}; get a clean copy")
 
 
@@ -190,99 +184,3 @@ class Files:
 
     def unread(self) -> list[str]:
         return sorted(set(self.places) - self.read)
-
-
-class TensorWriter:
-    """A safetensors file that is written tensor by tensor: space for the header first, the header at the end.
-
-    header_bytes bounds the header, which is padded with spaces (the format allows them). A thread writes, so that the
-    next tensors can be made meanwhile; what waits for it is bounded by _WAITING_BYTES.
-    """
-
-    def __init__(self, path: Path, header_bytes: int) -> None:
-        self.path, self._room = path, -(-header_bytes // 8) * 8
-        self._header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self._end = 0
-        self._file = path.open("wb", buffering=0)
-        self._file.seek(8 + self._room)
-        self._kernel_copies = hasattr(os, "copy_file_range")
-        self._thread = ThreadPoolExecutor(1, "writer")
-        self._waiting: deque[tuple[Future[None], int]] = deque()
-
-    def __enter__(self) -> "TensorWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: BaseException | TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._wait(0)
-                self._finish()
-        finally:
-            self._thread.shutdown(cancel_futures=True)
-            self._file.close()
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor, which must not be changed afterwards."""
-        self._note(name, tensor.dtype, tensor.shape, tensor.nbytes)
-        if tensor.numel():
-            octets = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-            self._later(self._write, tensor.nbytes, octets)
-
-    def copy(self, name: str, source: TensorFile) -> None:
-        """Append a tensor of another file, byte for byte, in pieces."""
-        entry = source.entries[name]
-        self._note(name, entry.dtype, entry.shape, entry.bytes)
-        self._later(self._copy, min(entry.bytes, _PIECE_BYTES), name, source)
-
-    def _later(self, work: Callable[..., None], size: int, *arguments: object) -> None:
-        """Have the thread do `work`, which holds `size` bytes, once there is room; raises what it raised before."""
-        self._wait(_WAITING_BYTES - size)
-        self._waiting.append((self._thread.submit(work, *arguments), size))
-
-    def _wait(self, size: int) -> None:
-        """Until at most `size` bytes wait, or none."""
-        while self._waiting and (self._waiting[0][0].done() or sum(waiting for _, waiting in self._waiting) > size):
-            self._waiting.popleft()[0].result()
-
-    def _copy(self, name: str, source: TensorFile) -> None:
-        with source.path.open("rb", buffering=0) as file:
-            file.seek(source.entries[name].start)
-            left = source.entries[name].bytes
-            while left:
-                count = self._copy_some(file, left)
-                if not count:
-                    raise _damaged(source.path, f"it ends within {name}")
-                left -= count
-
-    def _copy_some(self, file: FileIO, most: int) -> int:
-        """Bytes that were copied from where `file` stands: by the kernel, as cp does, where system and disk can."""
-        if self._kernel_copies:
-            try:
-                count = os.copy_file_range(file.fileno(), self._file.fileno(), min(most, _KERNEL_PIECE_BYTES))
-                forget(file, file.tell() - count, count)
-                return count
-            except OSError:
-                self._kernel_copies = False
-        piece = file.read(min(most, _PIECE_BYTES))
-        self._write(memoryview(piece))
-        return len(piece)
-
-    def _write(self, view: memoryview) -> None:
-        while view:
-            view = view[self._file.write(view[:_PIECE_BYTES]) :]
-
-    def _note(self, name: str, dtype: torch.dtype, shape: Sequence[int], size: int) -> None:
-        assert name not in self._header, name
-        begin, self._end = self._end, self._end + size
-        self._header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, self._end]}
-
-    def _finish(self) -> None:
-        text = json.dumps(self._header, separators=(",", ":")).encode()
-        assert len(text) <= self._room, f"{self.path}: the header needs {len(text)} bytes, {self._room} were kept"
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + text.ljust(self._room))
-
-
-def header_bound(names: Sequence[str]) -> int:
-    """Bytes that a header with up to eight entries for each of `names` needs at most."""
-    return 4096 + sum(8 * (len(json.dumps(name)) + 200) for name in names)

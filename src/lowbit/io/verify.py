@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from lowbit.errors import CheckpointError
-from lowbit.io.decoders import Decoded, decode, same
+from lowbit.io.decoded import Decoded, same
+from lowbit.io.decoders import decode
 from lowbit.io.reading import reader_of
 from lowbit.io.source import Source
 from lowbit.io.targets import FLOAT, TARGETS

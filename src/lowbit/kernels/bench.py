@@ -19,7 +19,8 @@ from lowbit.kernels.peers import peers_for
 from lowbit.kernels.registry import CANDIDATES, Candidate
 from lowbit.kernels.timing import cold_us, copies_of, graph_us
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.tensors import PackedWeight, tensor_shapes
+from lowbit.numerics.storage import tensor_shapes
+from lowbit.tensors import PackedWeight
 
 # name: (N, K); Llama-3 8B and 70B with q, k, v and gate, up joined
 SHAPES = {

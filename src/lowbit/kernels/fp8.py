@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.numerics.storage import storage_of
 from lowbit.optional import installed, late
-from lowbit.tensors import PackedWeight, storage_of
+from lowbit.tensors import PackedWeight
 
 TILE = 128  # the only tiles that cuBLAS multiplies
 _ROWS = 4  # a multiple of x's rows that it needs then (vllm-project/vllm pull request 49932)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lowbit.tensors import PackedWeight, storage_of
+from lowbit.numerics.storage import storage_of
+from lowbit.tensors import PackedWeight
 
 ROW_BYTES = 16
 LARGEST_K = (2**31 - 1) // (128 * 128)  # 131071: the longest row whose int32 sum can't overflow

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lowbit.numerics.codebook import NestedAbsmax
-from lowbit.tensors import PackedWeight, storage_of
+from lowbit.numerics.storage import storage_of
+from lowbit.tensors import PackedWeight
 
 STRIP, RECORD, UNIT = 16, 128, 256
 GROUPS = (128, 64, 32, 16)

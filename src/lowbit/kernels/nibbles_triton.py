@@ -5,8 +5,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lowbit.numerics.storage import storage_of
 from lowbit.optional import installed, late
-from lowbit.tensors import PackedWeight, storage_of
+from lowbit.tensors import PackedWeight
 
 
 def refusal(x: Tensor, weight: PackedWeight) -> str | None:

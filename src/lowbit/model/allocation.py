@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from lowbit.numerics.pack import words_per_row
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.tensors import storage_of
+from lowbit.numerics.storage import storage_of
 
 FLOAT_BITS = 16
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lowbit.kernels.ops import quantized_linear, rotate
 from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.tensors import PackedWeight, tensor_shapes
+from lowbit.numerics.storage import tensor_shapes
+from lowbit.tensors import PackedWeight
 
 
 class QuantLinear(nn.Linear):

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTen
 import lowbit
 from lowbit.errors import CheckpointError, InputError
 from lowbit.io import targets
-from lowbit.io.convert import FORMATS, Options, convert
+from lowbit.io.conversion import Options
+from lowbit.io.convert import FORMATS, convert
 from lowbit.io.stored import Stored
 from lowbit.io.targets import TARGETS
 from lowbit.numerics.pack import pack, unpack

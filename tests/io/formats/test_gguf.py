@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import lowbit
 from lowbit.doctor import examine, fix
 from lowbit.errors import CheckpointError, InputError
-from lowbit.io.convert import Options, convert
+from lowbit.io.conversion import Options
+from lowbit.io.convert import convert
 from lowbit.io.gguf_blocks import BLOCKS, BY_NAME
 from lowbit.io.gguf_encode import block_of, encode_codes, encode_floats
 from lowbit.io.gguf_file import GgufFile, write_gguf

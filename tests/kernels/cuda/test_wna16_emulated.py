@@ -15,7 +15,8 @@ from lowbit.kernels.cuda import wna16_dequantize, wna16_layout, wna16_mma, wna16
 from lowbit.kernels.cuda.device import Gpu
 from lowbit.numerics.codebook import levels_of
 from lowbit.numerics.scheme import QuantScheme
-from lowbit.tensors import PackedWeight, storage_of
+from lowbit.numerics.storage import storage_of
+from lowbit.tensors import PackedWeight
 
 pytestmark = pytest.mark.skipif(emulator.GXX is None, reason="the emulator needs g++")
 Emulate = Callable[[int, bool], None]

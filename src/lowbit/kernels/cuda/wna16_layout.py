@@ -14,7 +14,8 @@ from lowbit.kernels.layout import (
     normalized_scales,
 )
 from lowbit.numerics.codebook import levels_of
-from lowbit.tensors import PackedWeight, storage_of
+from lowbit.numerics.storage import storage_of
+from lowbit.tensors import PackedWeight
 
 FORMATS = {"int2": 2, "int4": 4, "int8": 8, "lut": 16}
 NIBBLES = 16  # what wna16_layout.cu calls the bits of nf4 and fp4 codes
