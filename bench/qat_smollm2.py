@@ -3,10 +3,10 @@
     python bench/qat_smollm2.py MODEL TOKENS OUT.json --scheme w4a16-g64 --seeds 0 1 --seconds 120 --lr 5e-4
         --calibration CALIBRATION.safetensors --evaluation EVALUATION.safetensors --commit C
 
-TOKENS: the training text as ids, little-endian uint16 in an .xz file (the whole of wiki_train). The student is the
-bfloat16 model as --start quantized it, with float32 masters of its linears; nothing else is trained. It takes
-`seconds`, captures included, and the learning rate falls with the time that has passed. Judged in float32 on windows of
-other articles (wiki_valid), as bench/accuracy/measure.py does.
+TOKENS: the training text as ids, little-endian uint16 in an .xz file (the whole of wiki_train), cut into windows twice,
+the second time half a window on. The student is the bfloat16 model as --start quantized it, with float32 masters of its
+linears; nothing else is trained. It takes `seconds`, captures included, and the learning rate falls with the time that
+has passed. Judged in float32 on windows of other articles (wiki_valid), as bench/accuracy/measure.py does.
 """
 
 import argparse
@@ -66,8 +66,8 @@ def arguments() -> argparse.Namespace:
 
 def training_text(path: Path) -> Tensor:
     """int64 [n, T]."""
-    ids = numpy.frombuffer(lzma.decompress(path.read_bytes()), dtype="<u2").astype("int64")
-    return torch.from_numpy(ids[: len(ids) // T * T]).view(-1, T)
+    ids = torch.from_numpy(numpy.frombuffer(lzma.decompress(path.read_bytes()), dtype="<u2").astype("int64"))
+    return torch.cat([part[: len(part) // T * T].view(-1, T) for part in (ids, ids[T // 2 :])])
 
 
 def stored(path: str, count: int) -> Tokens:

@@ -65,6 +65,23 @@ def test_fake_activations_are_bitwise_those_of_the_reference(text: str, dtype: t
     assert torch.equal(kernels.fake_activations(x, scheme).cpu(), expected)
 
 
+@DTYPES
+@pytest.mark.parametrize("text", ["w8a8-static", "w8a8-static-asym"])
+def test_static_activations_and_their_gradients_are_those_of_the_reference(text: str, dtype: torch.dtype) -> None:
+    scheme, x, dy = QuantScheme.parse(text), random(2, 71, 576), random(2, 71, 576, seed=1).to(dtype)
+    scale, zero = choose_scale(*value_range(x, scheme.activations), scheme.activations, torch.float32)
+    grid = [scale * 0.8, None if zero is None else zero.float()]
+    ours, theirs = ([None if one is None else one.clone().requires_grad_() for one in (x, *grid)] for _ in range(2))
+    expected = fake.fake_quantize(*theirs, scheme.activations, torch.bfloat16).to(dtype)
+    expected.backward(dy)
+    found = kernels.fake_inputs(*ours, scheme, torch.bfloat16, dtype)
+    found.backward(dy)
+    assert torch.equal(found, expected)
+    assert torch.equal(ours[0].grad, theirs[0].grad)
+    for one, other in zip(ours[1:], theirs[1:], strict=True):  # sums of 81792 terms in another order
+        assert one is None or (one.grad - other.grad).norm() < 1e-4 * other.grad.norm()
+
+
 def test_kl_and_its_gradient_are_those_of_float64() -> None:
     logits = (3 * random(64, 49152)).bfloat16()
     wanted = (logits.float() + random(64, 49152, seed=1)).bfloat16()

@@ -1,8 +1,10 @@
 """Fake quantization as training runs it: one kernel forward and one backward on a GPU, plain torch elsewhere.
 
-    lowbit::fake_quantize(x, scale, zero, scheme, scale_dtype, dtype) -> x^
-    lowbit::fake_quantize_backward(dy, x, scale, zero, scheme, scale_dtype) -> dx, ds, dz
+    lowbit::fake_quantize(x, scale, zero, scheme, inputs, scale_dtype, dtype) -> x^
+    lowbit::fake_quantize_backward(dy, x, scale, zero, scheme, inputs, scale_dtype) -> dx, ds, dz
     lowbit::fake_quantize_rows(x, scheme) -> x^
+
+`inputs`: x are static activations under the scheme's grid of those, otherwise a weight.
 
 numerics/fake.py says what they compute, and is the oracle. The kernels (triton/fake_quantize.py) are ops of
 torch.library, so that torch.compile takes them as they are: inductor would drop the rounding of a scale to bfloat16,
@@ -21,7 +23,7 @@ from lowbit.optional import installed, late
 
 _LARGEST_RUN = 16384  # elements under one scale, which a program holds in registers
 _LIBRARY = torch.library.Library("lowbit", "FRAGMENT")
-_GRID = "Tensor x, Tensor scale, Tensor? zero, str scheme, ScalarType scale_dtype"
+_GRID = "Tensor x, Tensor scale, Tensor? zero, str scheme, bool inputs, ScalarType scale_dtype"
 _LIBRARY.define(f"fake_quantize({_GRID}, ScalarType dtype) -> Tensor")
 _LIBRARY.define(f"fake_quantize_backward(Tensor dy, {_GRID}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define("fake_quantize_rows(Tensor x, str scheme) -> Tensor")
@@ -32,19 +34,26 @@ def _kernels() -> Any:
     return late("lowbit.kernels.triton.fake_quantize")
 
 
+def _grid_of(scheme: str, inputs: bool) -> TensorScheme | None:
+    return _parsed(scheme).activations if inputs else _parsed(scheme).weights
+
+
 def _forward(
-    x: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, scale_dtype: torch.dtype, dtype: torch.dtype
-) -> Tensor:
+    x: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, inputs: bool, scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     with torch.cuda.device(x.device):
-        return cast("Tensor", _kernels().fake_quantize(x, scale, zero, _parsed(scheme).weights, scale_dtype, dtype))
+        kernel = _kernels().fake_quantize
+        return cast("Tensor", kernel(x, scale, zero, _grid_of(scheme, inputs), scale_dtype, dtype))
 
 
 def _backward(
-    dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, scale_dtype: torch.dtype
+    dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, inputs: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device(x.device):
         kernel = _kernels().fake_quantize_backward
-        return cast("tuple[Tensor, Tensor, Tensor]", kernel(dy, x, scale, zero, _parsed(scheme).weights, scale_dtype))
+        gradients = kernel(dy, x, scale, zero, _grid_of(scheme, inputs), scale_dtype)
+        return cast("tuple[Tensor, Tensor, Tensor]", gradients)
 
 
 def _rows(x: Tensor, scheme: str) -> Tensor:
@@ -64,29 +73,22 @@ torch.library.register_fake("lowbit::fake_quantize_backward", _shapes_backward, 
 torch.library.register_fake("lowbit::fake_quantize_rows", lambda x, scheme: torch.empty_like(x), lib=_LIBRARY)
 
 
-class _FakeWeight(torch.autograd.Function):
+class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        scheme: str,
-        scale_dtype: torch.dtype,
+        ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, inputs: bool, scale_dtype: torch.dtype,
         dtype: torch.dtype,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, scale, zero)
-        ctx.scheme, ctx.scale_dtype = scheme, scale_dtype
-        return cast("Tensor", torch.ops.lowbit.fake_quantize(x, scale, zero, scheme, scale_dtype, dtype))
+        ctx.settings = scheme, inputs, scale_dtype
+        return cast("Tensor", torch.ops.lowbit.fake_quantize(x, scale, zero, *ctx.settings, dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero = ctx.saved_tensors
-        dx, ds, dz = torch.ops.lowbit.fake_quantize_backward(
-            gradients[0].contiguous(), x, scale, zero, ctx.scheme, ctx.scale_dtype
-        )
-        wanted = ctx.needs_input_grad
-        return dx if wanted[0] else None, ds if wanted[1] else None, dz if wanted[2] else None, None, None, None
+        dy = gradients[0].contiguous()
+        slopes = torch.ops.lowbit.fake_quantize_backward(dy, *ctx.saved_tensors, *ctx.settings)
+        wanted = (slope if needed else None for slope, needed in zip(slopes, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None, None
 
 
 class _FakeRows(torch.autograd.Function):
@@ -106,8 +108,18 @@ def fake_weight(
     weights = scheme.weights
     if not (_on_kernel(w) and weights.granularity in ("group", "channel") and _run_of(w, weights) <= _LARGEST_RUN):
         return fake.fake_quantize(w, scale, zero, weights, scale_dtype).to(dtype)
-    scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
-    return cast("Tensor", _FakeWeight.apply(w.contiguous(), scale, zero, str(scheme), scale_dtype, dtype))
+    return _by_kernel(w, scale, zero, str(scheme), False, scale_dtype, dtype)
+
+
+def fake_inputs(
+    x: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme, scale_dtype: torch.dtype, dtype: torch.dtype
+) -> Tensor:
+    """x [..., K] under the static grid of scheme's activations, float32 [1], rounded to `dtype`; differentiable."""
+    activations = scheme.activations
+    assert activations is not None
+    if not (_on_kernel(x) and activations.granularity == "tensor" and activations.format.kind == "int"):
+        return fake.fake_quantize(x, scale, zero, activations, scale_dtype).to(dtype)
+    return _by_kernel(x, scale, zero, str(scheme), True, scale_dtype, dtype)
 
 
 def fake_activations(x: Tensor, scheme: QuantScheme) -> Tensor:
@@ -119,6 +131,11 @@ def fake_activations(x: Tensor, scheme: QuantScheme) -> Tensor:
     if not (_on_kernel(x) and simple and x.shape[-1] <= _LARGEST_RUN):
         return fake.fake_quantize_dynamic(x, activations)
     return cast("Tensor", _FakeRows.apply(x.contiguous(), str(scheme)))
+
+
+def _by_kernel(x: Tensor, scale: Tensor, zero: Tensor | None, *settings: Any) -> Tensor:
+    zero = None if zero is None else zero.contiguous()
+    return cast("Tensor", _FakeQuantize.apply(x.contiguous(), scale.contiguous(), zero, *settings))
 
 
 def _on_kernel(x: Tensor) -> bool:

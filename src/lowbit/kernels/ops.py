@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.fake import fake_activations as fake_activations  # for nn, which sees this file only
+from lowbit.kernels.fake import fake_inputs as fake_inputs
 from lowbit.kernels.fake import fake_weight as fake_weight
 from lowbit.kernels.hadamard import rotated
 from lowbit.kernels.registry import pick

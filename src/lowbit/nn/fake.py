@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lowbit.kernels.ops import fake_activations, fake_weight, rotate
+from lowbit.kernels.ops import fake_activations, fake_inputs, fake_weight, rotate
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.affine import choose_scale, encode, value_range
-from lowbit.numerics.fake import fake_quantize, range_grid, stored_grid
+from lowbit.numerics.fake import range_grid, stored_grid
 from lowbit.numerics.hadamard import Hadamard
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
@@ -130,8 +130,9 @@ class FakeQuantLinear(nn.Linear):
         if self.training and not _recomputing():
             self._watch(x.detach())
         scale, zero = self.input_grid(x.dtype)
-        rounded = fake_quantize(x, scale.float(), None if zero is None else zero.float(), activations, x.dtype)
-        return torch.where(self.input_seen > self.options.warmup, rounded.to(x.dtype), x)
+        shift = None if zero is None else zero.float()
+        rounded = fake_inputs(x, scale.float(), shift, self.scheme, x.dtype, x.dtype)
+        return torch.where(self.input_seen > self.options.warmup, rounded, x)
 
     def input_grid(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(scale [1] in dtype, zero int8 [1]) of static activations."""

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lowbit.kernels.ops import fake_activations, rotate
+from lowbit.kernels.ops import fake_activations, fake_inputs, rotate
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.affine import per_element, round_to
-from lowbit.numerics.fake import fake_quantize
 from lowbit.optional import installed, late
 from lowbit.tensors import PackedWeight
 
@@ -92,25 +91,24 @@ class RoundingLinear(nn.Module):
         """x [..., K] -> [..., N]; x is rounded on the way where the scheme says so."""
         if self.rotation is not None:
             x = rotate(x, self.rotation)
+        autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
         if self.input_gain is not None:
-            x = self._static(x)
+            x = self._static(x, dtype)
         elif self.scheme.activations is not None:
             x = fake_activations(x, self.scheme)
-        autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
-        return linear(x, self.weight_now(torch.get_autocast_dtype("cuda") if autocast else x.dtype), self.bias)
+        return linear(x, self.weight_now(dtype), self.bias)
 
     def _input_scale(self) -> Tensor:
         assert self.input_scale is not None
         assert self.input_gain is not None
         return self.input_scale.float() * self.input_gain
 
-    def _static(self, x: Tensor) -> Tensor:
-        """x under the learned grid of static activations, in x's dtype."""
-        activations, zero = self.scheme.activations, self.input_zero
-        assert activations is not None
+    def _static(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x under the learned grid of static activations, in dtype."""
         assert self.input_scale is not None
-        shift = None if zero is None else zero.float()
-        return fake_quantize(x, self._input_scale(), shift, activations, self.input_scale.dtype).to(x.dtype)
+        shift = None if self.input_zero is None else self.input_zero.float()
+        return fake_inputs(x, self._input_scale(), shift, self.scheme, self.input_scale.dtype, dtype)
 
     @torch.no_grad()
     def solved(self) -> QuantLinear:

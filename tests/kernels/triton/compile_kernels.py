@@ -120,6 +120,11 @@ def _call_everything() -> None:
             activations = QuantScheme.parse(scheme).activations
             assert activations is not None
             fake_quantize.fake_quantize_rows(x, activations)
+        static = QuantScheme.parse("w8a8-static").activations
+        assert static is not None
+        for zero in (None, ones):
+            fake_quantize.fake_quantize(x, ones, zero, static, torch.bfloat16, torch.bfloat16)
+            fake_quantize.fake_quantize_backward(x, x, ones, zero, static, torch.bfloat16)
         for scheme in ("nf4-b64", "nf4-b64-dq", "fp4-b64"):
             weight = PackedWeight.from_float(torch.randn(64, 256), QuantScheme.parse(scheme), dtype)
             nibbles_dequantize.dequantize(x, weight)

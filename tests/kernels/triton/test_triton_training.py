@@ -50,6 +50,27 @@ def test_fake_weights_are_bitwise_those_of_the_reference_and_so_are_their_gradie
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shape", [(3, 50, 96), (5, 7), (1, 4096, 4)], ids=["runs of 64", "odd", "whole runs"])
+@pytest.mark.parametrize("text", ["w8a8-static", "w8a8-static-asym"])
+def test_static_activations_and_the_gradient_of_their_scale_are_those_of_the_reference(
+    text: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    scheme = QuantScheme.parse(text).activations
+    x, dy = normal(*shape).to(dtype), normal(*shape, seed=1).to(dtype)
+    scale, zero = grid_of(x, scheme)
+    leaves = [None if one is None else one.clone().requires_grad_() for one in (x, scale, zero)]
+    expected = fake.fake_quantize(*leaves, scheme, torch.float16).to(dtype)
+    expected.backward(dy)
+    found = fake_quantize.fake_quantize(x, scale, zero, scheme, torch.float16, dtype)
+    slopes = fake_quantize.fake_quantize_backward(dy, x, scale, zero, scheme, torch.float16)
+    assert torch.equal(found, expected)
+    assert torch.equal(slopes[0], leaves[0].grad)
+    assert torch.equal(slopes[1], fake_quantize.fake_quantize_backward(dy, x, scale, zero, scheme, torch.float16)[1])
+    for slope, leaf in zip(slopes[1:], leaves[1:], strict=True):  # sums of up to 16384 terms in another order
+        assert leaf is None or torch.allclose(slope, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_fake_activations_are_bitwise_those_of_the_reference(bits: int, symmetric: bool, dtype: torch.dtype) -> None:

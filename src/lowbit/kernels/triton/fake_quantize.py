@@ -1,13 +1,16 @@
 """Fake quantization of weights and activations in one pass over memory each way (numerics/fake.py says what they mean).
 
-    fake_quantize            w, scale, zero -> w^                 reads w, writes w^ in the dtype that is multiplied
-    fake_quantize_backward   dw^, w, scale, zero -> dw, ds, dz    codes are rounded again instead of kept
+    fake_quantize            x, scale, zero -> x^                 reads x, writes x^ in the dtype that is multiplied
+    fake_quantize_backward   dx^, x, scale, zero -> dx, ds, dz    codes are rounded again instead of kept
     fake_quantize_rows       x -> x^, a row's grid from its own smallest and largest value
 
-A program holds ROWS runs of elements that share a scale, each padded to a power of two. Numbers are those of
+A program holds ROWS runs of elements that share a scale, each padded to a power of two. One scale for a whole tensor
+(static activations) is that of all runs: each leaves its part of ds and dz, which torch adds. Numbers are those of
 numerics/affine.py bit by bit: the quotient is correctly rounded (div_rn), ties go to even, the scale is rounded to the
 dtype in which it will be stored. Sums over a run are taken in another order than torch's.
 """
+
+import math
 
 import torch
 import triton
@@ -35,9 +38,11 @@ def _nearest(v, low: tl.constexpr, high: tl.constexpr):
 
 
 @triton.jit
-def _grid(scale, zero, run, runs, STORED: tl.constexpr, EPSILON: tl.constexpr, HAS_ZERO: tl.constexpr,
-          low: tl.constexpr, high: tl.constexpr):  # fmt: skip
+def _grid(scale, zero, run, runs, SHARED: tl.constexpr, STORED: tl.constexpr, EPSILON: tl.constexpr,
+          HAS_ZERO: tl.constexpr, low: tl.constexpr, high: tl.constexpr):  # fmt: skip
     """(stored scale [ROWS, 1], rounded zero-point [ROWS, 1]) of runs."""
+    if SHARED:
+        run, runs = run * 0, 1
     step = _stored(tl.load(scale + run, mask=run < runs, other=1.0), STORED, EPSILON)
     shift = tl.zeros_like(step)
     if HAS_ZERO:
@@ -47,11 +52,11 @@ def _grid(scale, zero, run, runs, STORED: tl.constexpr, EPSILON: tl.constexpr, H
 
 @triton.jit
 def _forward_kernel(
-    x, scale, zero, to, runs, G: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, STORED: tl.constexpr,
-    EPSILON: tl.constexpr, HAS_ZERO: tl.constexpr, low: tl.constexpr, high: tl.constexpr,
+    x, scale, zero, to, runs, G: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
+    STORED: tl.constexpr, EPSILON: tl.constexpr, HAS_ZERO: tl.constexpr, low: tl.constexpr, high: tl.constexpr,
 ):  # fmt: skip
     run, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, GP)
-    step, shift = _grid(scale, zero, run, runs, STORED, EPSILON, HAS_ZERO, low, high)
+    step, shift = _grid(scale, zero, run, runs, SHARED, STORED, EPSILON, HAS_ZERO, low, high)
     at = run[:, None].to(tl.int64) * G + column[None]
     inside = (run[:, None] < runs) & (column[None] < G)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -62,10 +67,11 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     dy, x, scale, zero, dx, ds, dz, runs, gain, G: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
-    STORED: tl.constexpr, EPSILON: tl.constexpr, HAS_ZERO: tl.constexpr, low: tl.constexpr, high: tl.constexpr,
+    SHARED: tl.constexpr, STORED: tl.constexpr, EPSILON: tl.constexpr, HAS_ZERO: tl.constexpr,
+    low: tl.constexpr, high: tl.constexpr,
 ):  # fmt: skip
     run, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, GP)
-    step, shift = _grid(scale, zero, run, runs, STORED, EPSILON, HAS_ZERO, low, high)
+    step, shift = _grid(scale, zero, run, runs, SHARED, STORED, EPSILON, HAS_ZERO, low, high)
     at = run[:, None].to(tl.int64) * G + column[None]
     there = (run[:, None] < runs) & (column[None] < G)
     gradient = tl.load(dy + at, mask=there, other=0.0).to(tl.float32)
@@ -104,7 +110,7 @@ def _rows_kernel(
 def fake_quantize(
     x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, scale_dtype: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
-    """As numerics/fake.py's, rounded to `dtype`: x [N, K] contiguous, groups or channels -> [N, K]."""
+    """As numerics/fake.py's, rounded to `dtype`: x [..., K] contiguous under groups, channels or one scale."""
     y = torch.empty_like(x, dtype=dtype)
     grid, sizes = _launch(x, scale, zero, scheme)
     _forward_kernel[grid](x, scale, zero if zero is not None else scale, y, *sizes, *_stored_as(scale_dtype),
@@ -115,14 +121,17 @@ def fake_quantize(
 def fake_quantize_backward(
     dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx in x's dtype, ds, dz float32, the latter empty without zero-points) of dy [N, K]."""
-    dx, ds = torch.empty_like(x), torch.empty_like(scale)
-    dz = torch.empty_like(scale) if zero is not None else scale.new_empty(0)
+    """(dx in x's dtype, ds, dz float32, the latter empty without zero-points) of dy [..., K]."""
     grid, (runs, *sizes) = _launch(x, scale, zero, scheme)
-    gain = lsq_gradient_scale(sizes[0], scheme)
+    shared = sizes[-1]
+    dx, ds = torch.empty_like(x), scale.new_empty(runs) if shared else torch.empty_like(scale)
+    dz = torch.empty_like(ds) if zero is not None else scale.new_empty(0)
+    gain = lsq_gradient_scale(x.numel() // scale.numel(), scheme)
     _backward_kernel[grid](dy, x, scale, zero if zero is not None else scale, dx, ds, dz, runs, gain, *sizes,
                            *_stored_as(scale_dtype), zero is not None, scheme.format.low, scheme.format.high,
                            num_warps=4)  # fmt: skip
+    if shared:
+        ds, dz = ds.sum().view(scale.shape), dz if zero is None else dz.sum().view(scale.shape)
     return dx, ds, dz
 
 
@@ -142,11 +151,11 @@ def _stored_as(dtype: torch.dtype) -> tuple[tl.dtype, float]:
 
 
 def _launch(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> tuple[tuple[int], list[int]]:
-    """(grid, [runs, G, G padded, ROWS])."""
+    """(grid, [runs, G, G padded, ROWS, whether all runs share one scale])."""
     assert all(tensor is None or tensor.is_contiguous() for tensor in (x, scale, zero))
-    size = scheme.group_size if scheme.granularity == "group" else x.shape[-1]
-    assert size is not None
-    assert scale.numel() * size == x.numel()
+    shared = scheme.granularity == "tensor"
+    size = math.gcd(x.numel(), _ELEMENTS) if shared else x.numel() // scale.numel()
+    assert scale.numel() == (1 if shared else x.numel() // size)
     padded = triton.next_power_of_2(size)
-    rows = max(1, _ELEMENTS // padded)
-    return (triton.cdiv(scale.numel(), rows),), [scale.numel(), size, padded, rows]
+    runs, rows = x.numel() // size, max(1, _ELEMENTS // padded)
+    return (triton.cdiv(runs, rows),), [runs, size, padded, rows, shared]
