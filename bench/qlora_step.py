@@ -62,7 +62,6 @@ def quantized(model: PreTrainedModel, side: str, device: str) -> PreTrainedModel
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear) or "layers." not in name:
             continue
-        parent, _, attribute = name.rpartition(".")
         made: nn.Module
         if side == "lowbit":
             made = QuantLinear.from_packed(PackedWeight.from_float(layer.weight.detach(), scheme, torch.bfloat16))
@@ -74,7 +73,7 @@ def quantized(model: PreTrainedModel, side: str, device: str) -> PreTrainedModel
             made.weight = modules.Params4bit(
                 layer.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True, blocksize=64
             ).to(device)
-        setattr(model.get_submodule(parent), attribute, made)
+        model.set_submodule(name, made)
         layer.weight = nn.Parameter(torch.empty(0))
     return model.requires_grad_(False)
 

@@ -109,7 +109,7 @@ def learn(
             progress("learning", step, options.steps)
     _restore(groups, best_state)
     for name, layer in softened.items():
-        _put(model, name, layer.solved())
+        model.set_submodule(name, layer.solved())
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     rewritten = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
     for parameter in rewritten.values() if best_step else ():
@@ -123,7 +123,7 @@ def _soften(model: nn.Module) -> dict[str, RoundingLinear]:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear) and layer.scheme.weights.format.kind == "int":
             found[name] = RoundingLinear(layer)
-            _put(model, name, found[name])
+            model.set_submodule(name, found[name])
     return found
 
 
@@ -201,8 +201,3 @@ def _restore(groups: Sequence[dict[str, Any]], state: list[Tensor]) -> None:
     parameters = [parameter for group in groups for parameter in group["params"]]
     for parameter, kept in zip(parameters, state, strict=True):
         parameter.copy_(kept)
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)

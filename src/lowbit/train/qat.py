@@ -65,7 +65,7 @@ def prepare(
         assert isinstance(layer, nn.Linear)
         check_finite(layer.weight, f"{name}.weight")
         grid = _initial_grid(layer.weight, one, options) if start is None else _start_grid(layer, name, one, start)
-        _put(model, name, FakeQuantLinear(layer, one, options.fake, grid))
+        model.set_submodule(name, FakeQuantLinear(layer, one, options.fake, grid))
     return model
 
 
@@ -89,7 +89,7 @@ def reopen(model: Model, options: QatOptions = QatOptions()) -> Model:
         fake = replace(options.fake, scale_dtype=options.fake.scale_dtype or packed.scale.dtype)
         opened = FakeQuantLinear(plain, layer.scheme, fake, (packed.scale, packed.zero_points()))
         opened.rotation = layer.rotation
-        _put(model, name, opened.train(layer.training))
+        model.set_submodule(name, opened.train(layer.training))
     return model
 
 
@@ -109,7 +109,7 @@ def convert(model: Model) -> Model:
                 f"the warm-up of {fake.options.warmup}: train longer, or lower FakeOptions.warmup"
             )
         check_finite(fake.weight, f"{name}.weight")
-        _put(model, name, fake.quantized())
+        model.set_submodule(name, fake.quantized())
     return model
 
 
@@ -161,16 +161,14 @@ def _initial_grid(w: Tensor, scheme: QuantScheme, options: QatOptions) -> tuple[
 def _start_grid(layer: nn.Linear, name: str, scheme: QuantScheme, start: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The grid of start's layer of that name, whose weights `layer` takes over."""
     found = dict(start.named_modules()).get(name)
-    fits = isinstance(found, QuantLinear) and found.scheme == scheme
-    if not fits or (found.out_features, found.in_features) != tuple(layer.weight.shape):  # type: ignore[union-attr]
+    if not isinstance(found, QuantLinear) or found.scheme != scheme or _size(found) != _size(layer):
         what = f"has {found}" if found is not None else "lacks it"
         raise InputError(f"{name} shall start from a layer quantized as {scheme}, and the start {what}")
-    packed = found.packed  # type: ignore[union-attr]
+    packed = found.packed
     layer.weight.copy_(packed.dequantize(layer.weight.dtype))
     assert isinstance(packed.scale, Tensor)
     return packed.scale.to(layer.weight.device), packed.zero_points()
 
 
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
+def _size(layer: nn.Linear) -> tuple[int, int]:
+    return layer.out_features, layer.in_features

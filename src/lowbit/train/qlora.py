@@ -143,8 +143,7 @@ def merge_lora(
     for name, wrapper in wrapped:
         base, delta = wrapper.get_base_layer(), _delta(wrapper)
         merged, layer = _merged_linear(base, delta, model.dtype) if to_16bit else _merged_quant(base, delta, name)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer)
+        model.set_submodule(name, layer)
         wanted = base.packed.dequantize() + delta
         error = (wanted - merged).norm().item()
         of_delta = error / delta.norm().item() if delta.any() else 0.0
