@@ -22,6 +22,7 @@ from lowbit.model.quantize import Job, batched, quantize_blocks
 from lowbit.model.recipe import Recipe
 from lowbit.model.rungs import with_lower_run
 from lowbit.observe.tokens import Tokens
+from lowbit.products import quick_products
 from lowbit.report import LayerRecord
 
 SHARE, MOST = 8, 8  # one calibration window in 8 is kept apart, at most 8
@@ -38,6 +39,7 @@ class Outcome:
     log: LayerLog
 
 
+@quick_products()
 def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
     """Quantize `model` in place by job.recipe; ids int64 [samples, T]: the calibration tokens, None without any.
 
