@@ -2,7 +2,8 @@
 
 Two streams walk the same model. The clean one keeps the original hidden states and runs a copy of each block, taken
 before it is quantized; the noisy one runs the block itself. For each input of a linear the moments of the noisy x~ and
-of the difference x - x~ are collected, and for linears that write to the residual stream those of the difference there.
+of the difference x - x~ are collected. Of linears that write to the residual stream those of the difference there are
+collected as well or, where that says enough, those of the wanted output alone (algorithms/correction.py).
 
 Which linears do is found numerically, in one forward of the block: with h the block's input and y a linear's output,
 h + y is the input of another module or the block's output; or the block's output less y is another module's input.
@@ -24,10 +25,12 @@ BLOCK_INPUT = ""  # the name that stands for the block's own input in `residual_
 
 
 class Seen(NamedTuple):
-    """x [..., K], the input of a linear, and r [..., N], the residual stream that its output is added to, if any."""
+    """x [..., K], the input of a linear; r [..., N], the residual stream that its output is added to, if any; and its
+    output y [..., N], where it was asked for."""
 
     x: Tensor
     residual: Tensor | None
+    y: Tensor | None = None
 
 
 Receive = Callable[[str, int, Seen, Seen], None]
@@ -58,41 +61,50 @@ class Twin:
         for _, replays in self._replays:
             replays.settle(name)
 
-    def observe(self, leads: Sequence[str], receive: Receive, final: Sequence[str] = ()) -> None:
+    def observe(
+        self, leads: Sequence[str], receive: Receive, final: Sequence[str] = (), outputs: Sequence[str] = ()
+    ) -> None:
         """Call receive(name, batch, clean, noisy) for each of these linears, in order of execution, and each batch.
 
-        final: linears that read what the last of the leads reads, which won't change any more.
+        final: linears that read what the last of the leads reads, which won't change any more. outputs: leads whose
+        outputs are wanted too, in the original.
         """
         for batch in range(self.noisy.batches):
             self.noisy.batch = self.clean.batch = batch
-            clean = _captured(self.clean, batch, leads, self.sources)
+            clean = _captured(self.clean, batch, leads, self.sources, outputs)
             noisy = _captured(self.noisy, batch, leads, self.sources)
             for block, replays in self._replays if leads[-1] in clean and leads[-1] in noisy else ():
-                x = (noisy if block is self.noisy else clean)[leads[-1]].x
+                seen = (noisy if block is self.noisy else clean)[leads[-1]]
                 for name in final:
-                    replays.keep(name, x)
+                    replays.keep(name, seen.x, seen.y if name == leads[-1] else None)
             for name in leads:
                 if name in clean and name in noisy:
                     receive(name, batch, clean[name], noisy[name])
 
 
-def _captured(block: Block, batch: int, leads: Sequence[str], sources: dict[str, str]) -> dict[str, Seen]:
-    """What each of the leads sees, from one forward that ends at the last of them."""
+def _captured(
+    block: Block, batch: int, leads: Sequence[str], sources: dict[str, str], outputs: Sequence[str] = ()
+) -> dict[str, Seen]:
+    """What each of the leads sees, and those in `outputs` answer, from one forward that ends at the last of them."""
     args, kwargs = block.arguments(batch)
     inputs: dict[str, Tensor] = {BLOCK_INPUT: hidden_input(args, kwargs)}
+    written: dict[str, Tensor] = {}
     wanted = dict.fromkeys([*leads, *(sources[name] for name in leads if sources.get(name))])
     with ExitStack() as hooks:
         for name in wanted:
-            hook = _keep(inputs, name, ends=name == leads[-1])
+            hook = _keep(inputs, name, ends=name == leads[-1] and name not in outputs)
             module = block.module.get_submodule(name)
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for name in outputs:
+            answer = _keep_output(written, name, ends=name == leads[-1])
+            hooks.callback(block.module.get_submodule(name).register_forward_hook(answer).remove)
         try:
             with torch.no_grad():
                 block.module(*args, **kwargs)
         except StopForward:
             pass
     residual = {name: inputs.get(sources[name]) if name in sources else None for name in leads}
-    return {name: Seen(inputs[name], residual[name]) for name in leads if name in inputs}
+    return {name: Seen(inputs[name], residual[name], written.get(name)) for name in leads if name in inputs}
 
 
 def _keep(inputs: dict[str, Tensor], name: str, ends: bool) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
@@ -126,7 +138,7 @@ def residual_sources(block: Block, linears: Sequence[str]) -> dict[str, str]:
                 hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
         for name in linears:
             module = block.module.get_submodule(name)
-            hooks.callback(module.register_forward_hook(_keep_output(outputs, name)).remove)
+            hooks.callback(module.register_forward_hook(_keep_output(outputs, name, ends=False)).remove)
         result = hidden_states(block.module(*args, **kwargs))
     h, result = _rows(h), _rows(result)
     inputs = {name: _rows(x) for name, x in inputs.items()}
@@ -135,9 +147,11 @@ def residual_sources(block: Block, linears: Sequence[str]) -> dict[str, str]:
     return {name: source for name, source in found.items() if source is not None}
 
 
-def _keep_output(outputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+def _keep_output(outputs: dict[str, Tensor], name: str, ends: bool) -> Callable[[nn.Module, tuple, Tensor], None]:
     def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-        outputs[name] = output.clone()
+        outputs[name] = output if ends else output.clone()
+        if ends:
+            raise StopForward
 
     return hook
 

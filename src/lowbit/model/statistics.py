@@ -18,9 +18,9 @@ BINS = 64
 class Statistics:
     """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
 
-    shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it; held_out
-    keeps tokens apart that judge candidates (algorithms/choose.py). rounding: how the layer will round its input at run
-    time, in so few bits that the moments are taken of what it then multiplies.
+    shift and residual, or wanted in place of both (algorithms/correction.py), are there when the original is seen
+    beside it; held_out keeps tokens apart that judge candidates (algorithms/choose.py). rounding: how the layer will
+    round its input at run time, in so few bits that the moments are taken of what it then multiplies.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Statistics:
         self.moment, self.observer, self.rounding, self.rotation = moment, observer, rounding, rotation
         self.shift: CrossMoment | None = None
         self.residual: CrossMoment | None = None
+        self.wanted: CrossMoment | None = None
         self.held_out: Statistics | None = None
         self.sample: Histogram | None = None
 
