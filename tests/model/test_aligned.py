@@ -195,8 +195,10 @@ def test_the_moment_of_the_wanted_output_aims_as_those_of_its_parts_do() -> None
 def test_an_output_that_was_asked_for_is_the_originals() -> None:
     original = tiny("llama")
     streams = (BlockStream(copy.deepcopy(original), [TOKENS]), BlockStream(original, [TOKENS]))
-    twin, seen = next(twins(*streams)), []
+    walk, seen = twins(*streams), []
+    twin = next(walk)
     twin.observe(["mlp.down_proj"], lambda _, __, clean, noisy: seen.append((clean, noisy)), outputs=["mlp.down_proj"])
+    walk.close()
     clean, noisy = seen[0]
     assert torch.equal(clean.y, original.model.layers[0].mlp.down_proj(clean.x))
     assert noisy.y is None

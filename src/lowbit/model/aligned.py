@@ -22,6 +22,7 @@ from lowbit.observe.capture import StopForward
 from lowbit.observe.endings import Ending, Replays, replaying
 
 BLOCK_INPUT = ""  # the name that stands for the block's own input in `residual_sources`
+ROWS = 256  # tokens that tell which linears write to the residual stream
 
 
 class Seen(NamedTuple):
@@ -121,30 +122,54 @@ def hidden_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
-@torch.no_grad()
-def residual_sources(block: Block, linears: Sequence[str]) -> dict[str, str]:
-    """linear -> module whose input is the residual stream that the linear's output is added to (BLOCK_INPUT: h).
+@contextmanager
+def watching_sources(block: Block, linears: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Fills the mapping, at the end: linear -> module whose input is the residual stream that the linear's output is
+    added to (BLOCK_INPUT: h).
 
-    Linears that do not write to the residual stream are left out; see the module's docstring.
+    Inside, the block's forward runs once, for whatever reason. Linears that do not write to the residual stream are
+    left out; see the module's docstring.
     """
-    args, kwargs = block.arguments(0)
-    h = hidden_input(args, kwargs).clone()
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for name, module in block.module.named_modules():
-            if name and not any(module.children()):
-                keep = _keep(inputs, name, ends=False)
-                hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        for name in linears:
-            module = block.module.get_submodule(name)
-            hooks.callback(module.register_forward_hook(_keep_output(outputs, name, ends=False)).remove)
-        result = hidden_states(block.module(*args, **kwargs))
-    h, result = _rows(h), _rows(result)
-    inputs = {name: _rows(x) for name, x in inputs.items()}
-    written = {name: _rows(y) for name, y in outputs.items()}
-    found = {name: _source(h, y, result, inputs) for name, y in written.items() if y.shape == h.shape}
-    return {name: source for name, source in found.items() if source is not None}
+            if not name or not any(module.children()):
+                hook = _keep_rows(inputs, name)
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for name in ("", *linears):
+            hook_output = _keep_output_rows(outputs, name)
+            hooks.callback(block.module.get_submodule(name).register_forward_hook(hook_output).remove)
+        found: dict[str, str] = {}
+        yield found
+    h, result = inputs.pop(BLOCK_INPUT), outputs.pop(BLOCK_INPUT)
+    for name, y in outputs.items():
+        source = _source(h, y, result, inputs) if y.shape == h.shape else None
+        if source is not None:
+            found[name] = source
+
+
+@torch.no_grad()
+def residual_sources(block: Block, linears: Sequence[str]) -> dict[str, str]:
+    """What `watching_sources` finds in one forward of the first batch."""
+    args, kwargs = block.arguments(0)
+    with watching_sources(block, linears) as found:
+        block.module(*args, **kwargs)
+    return found
+
+
+def _keep_rows(inputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs[name] = _rows(hidden_input(args, kwargs)).clone()  # a copy: what is read may change in place
+
+    return hook
+
+
+def _keep_output_rows(outputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple, Any], None]:
+    def hook(_: nn.Module, __: tuple, output: Any) -> None:
+        outputs[name] = _rows(hidden_states(output)).clone()
+
+    return hook
 
 
 def _keep_output(outputs: dict[str, Tensor], name: str, ends: bool) -> Callable[[nn.Module, tuple, Tensor], None]:
@@ -163,7 +188,8 @@ def _source(h: Tensor, y: Tensor, result: Tensor, inputs: dict[str, Tensor]) -> 
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])  # [b, T, K] -> [b T, K]; some blocks (OPT) do so halfway
+    """The first tokens of x: [b, T, K] -> [ROWS, K]; some blocks (OPT) join batch and tokens halfway."""
+    return x.reshape(-1, x.shape[-1])[:ROWS]
 
 
 def _same(a: Tensor, b: Tensor, y: Tensor) -> bool:
