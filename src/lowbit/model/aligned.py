@@ -143,10 +143,18 @@ def watching_sources(block: Block, linears: Sequence[str]) -> Iterator[dict[str,
         found: dict[str, str] = {}
         yield found
     h, result = inputs.pop(BLOCK_INPUT), outputs.pop(BLOCK_INPUT)
-    for name, y in outputs.items():
-        source = _source(h, y, result, inputs) if y.shape == h.shape else None
-        if source is not None:
-            found[name] = source
+    tried = [
+        (name, source, pair, y)
+        for name, y in outputs.items()
+        if y.shape == h.shape
+        for source, pair in _sums(h, y, result, inputs)
+        if pair[0].shape == pair[1].shape
+    ]
+    if tried:
+        same = torch.stack([_same(*pair, y) for _, _, pair, y in tried]).tolist()  # one wait for all
+        for (name, source, _, _), fits in zip(tried, same, strict=True):
+            if fits:
+                found.setdefault(name, source)
 
 
 @torch.no_grad()
@@ -181,10 +189,14 @@ def _keep_output(outputs: dict[str, Tensor], name: str, ends: bool) -> Callable[
     return hook
 
 
-def _source(h: Tensor, y: Tensor, result: Tensor, inputs: dict[str, Tensor]) -> str | None:
-    if any(_same(h + y, candidate, y) for candidate in (*inputs.values(), result)):
-        return BLOCK_INPUT
-    return next((name for name, x in inputs.items() if _same(x, result - y, y)), None)
+def _sums(
+    h: Tensor, y: Tensor, result: Tensor, inputs: dict[str, Tensor]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Each module whose input may be the stream that y is added to, with two tensors that are equal where it is."""
+    for candidate in (*inputs.values(), result):
+        if candidate.shape == h.shape:
+            yield BLOCK_INPUT, (h + y, candidate)
+    yield from ((name, (x, result - y)) for name, x in inputs.items())
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -192,9 +204,9 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])[:ROWS]
 
 
-def _same(a: Tensor, b: Tensor, y: Tensor) -> bool:
-    """Whether a and b differ by less than a twentieth of y, on average: by the rounding of a sum with y, that is."""
-    return a.shape == b.shape and bool((a - b).float().abs().mean() <= 0.05 * y.float().abs().mean())
+def _same(a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Whether a and b differ by less than a twentieth of y on average, by the rounding of a sum with y that is; 0-d."""
+    return (a - b).float().abs().mean() <= 0.05 * y.float().abs().mean()
 
 
 def twins(

@@ -39,8 +39,9 @@ def solve_linears(
         return
     linears = [cast("nn.Linear", module.get_submodule(name)) for name in names]
     full_names = [f"{prefix}.{name}" if prefix else name for name in names]
-    for full_name, linear in zip(full_names, linears, strict=True):
-        check_finite(linear.weight, f"{full_name}.weight")
+    if not torch.stack([linear.weight.isfinite().all() for linear in linears]).all():
+        for full_name, linear in zip(full_names, linears, strict=True):
+            check_finite(linear.weight, f"{full_name}.weight")
     if scheme.weights.format.kind == "codebook":
         for name, full_name, linear in zip(names, full_names, linears, strict=True):
             packed = PackedWeight.from_float(linear.weight, scheme, log.scale_dtype)
