@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from lowbit.kernels.ops import fake_activations, fake_inputs, rotate
 from lowbit.nn.linear import QuantLinear
-from lowbit.numerics.affine import group_view, round_to
+from lowbit.numerics.affine import group_view, nearest, round_to
 from lowbit.numerics.scheme import TensorScheme
 from lowbit.optional import installed, late
 from lowbit.tensors import PackedWeight
@@ -33,7 +33,7 @@ class _Rounded(torch.autograd.Function):
         ctx.scheme = scheme
         if _fuses(scheme, u):
             return late("lowbit.kernels.triton.rounding").rounded_weight(u, v, scale, zero, scheme.format, dtype)
-        code = round_to(u + v, scheme.format).float()
+        code = nearest(u + v, scheme.format)
         if zero is not None:
             group_view(code, scheme).sub_(zero.unsqueeze(-1))
         group_view(code, scheme).mul_(scale.unsqueeze(-1))
@@ -49,7 +49,7 @@ class _Rounded(torch.autograd.Function):
             return dv, ds, None, None, None, None
         soft = u + v
         inside = (soft >= scheme.format.low) & (soft <= scheme.format.high)
-        code = round_to(soft, scheme.format).float()
+        code = nearest(soft, scheme.format)
         if zero is not None:
             group_view(code, scheme).sub_(zero.unsqueeze(-1))
         slope = slopes[0].float()
