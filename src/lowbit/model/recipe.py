@@ -39,7 +39,14 @@ SMOOTHING_METHODS = ("awq", "smooth")
 METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", *ALIGNED_METHODS)
 HESSIAN_METHODS = ("gptq", "smooth", *ALIGNED_METHODS)  # solve under the whole second moment
 MOMENT_METHODS = ("rtn-weighted", "awq", *HESSIAN_METHODS)  # awq and rtn-weighted use its diagonal
-POLISH = 3  # rounds; 6 gained 1 % more (docs/log-accuracy.md)
+POLISH = 1  # round; 3 gained 1 % more for a fifth of the time (docs/log-ladder-time.md)
+
+
+FEW_STEPS = 120  # of learning, where weights alone are rounded to 4 bits or more: 450 gain no more there
+
+
+def _usual_learning(scheme: QuantScheme) -> Learning:
+    return Learning(steps=FEW_STEPS) if scheme.activations is None and scheme.weights.bits >= 4 else Learning()
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class Recipe:
                 'time; use Rotation(online="none")'
             )
         if self.method == "learned" and self.learning is None:
-            object.__setattr__(self, "learning", Learning())
+            object.__setattr__(self, "learning", _usual_learning(self.scheme))
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
