@@ -42,7 +42,7 @@ MOMENT_METHODS = ("rtn-weighted", "awq", *HESSIAN_METHODS)  # awq and rtn-weight
 POLISH = 1  # round; 3 gained 1 % more for a fifth of the time (docs/log-ladder-time.md)
 
 
-FEW_STEPS = 120  # of learning, where weights alone are rounded to 4 bits or more: 450 gain no more there
+FEW_STEPS = 80  # of learning, where weights alone are rounded to 4 bits or more: more gained little there
 
 
 def _usual_learning(scheme: QuantScheme) -> Learning:
