@@ -173,7 +173,7 @@ def test_learning_begins_from_the_closest_rung_below() -> None:
     start = min(klds, key=lambda level: (klds[level], -int(level)))
     assert any(f"effort 4 (learning, from effort {start}) reached KL" in line for line in said)
     before = next(float(found[1]) for line in said if (found := re.search(r"apart from (\d\.\d+) to", line)))
-    assert before == pytest.approx(klds[start], rel=0.05)  # it counts the last token too
+    assert before == pytest.approx(klds[start], rel=0.1)  # it counts the last token too
 
 
 def test_a_rung_that_does_not_apply_to_the_model_is_passed_over_and_named() -> None:

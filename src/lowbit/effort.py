@@ -22,9 +22,11 @@ from lowbit.model.quantize import Job, batched, quantize_blocks
 from lowbit.model.recipe import Recipe
 from lowbit.model.rungs import with_lower_run
 from lowbit.observe.tokens import Tokens
+from lowbit.products import quick_products
 from lowbit.report import LayerRecord
 
 SHARE, MOST = 8, 8  # one calibration window in 8 is kept apart, at most 8
+MEANS = 16  # windows that tell a rung below the mean squares of inputs: they cost it forwards, and little else
 CPU_TOKENS, GPU_TOKENS = 2048, 16384  # a batch's: with fewer a GPU waits for the launches of small kernels
 GPU_BATCHES = 4  # at least; twice as many where one in six judges what was made of the others
 HIDDEN_COPIES = 8  # two streams of hidden states, each with what its replays keep (observe/endings.py)
@@ -38,6 +40,7 @@ class Outcome:
     log: LayerLog
 
 
+@quick_products()
 def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
     """Quantize `model` in place by job.recipe; ids int64 [samples, T]: the calibration tokens, None without any.
 
@@ -62,7 +65,9 @@ def run(model: PreTrainedModel, job: Job, ids: Tensor | None) -> Outcome:
                 name = f"effort {recipe.effort} (learning, from effort {best.outcome.recipe.effort})"
                 outcome = _learn_on(other, best, replace(job, recipe=recipe), ids, apart)
             else:
-                outcome = Outcome(recipe, _run_one(other, replace(job, recipe=recipe), ids, apart))
+                few = recipe.method == "rtn-weighted" and recipe is not job.recipe
+                seen = (ids[: min(MEANS, len(ids) - apart)], 0) if few else (ids, apart)
+                outcome = Outcome(recipe, _run_one(other, replace(job, recipe=recipe), *seen))
         except MethodError as error:
             words.insert(0, f"{name} does not apply ({error})")
         else:

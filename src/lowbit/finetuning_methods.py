@@ -15,6 +15,7 @@ from lowbit.io.checkpoint import write_checkpoint
 from lowbit.io.load import load_source
 from lowbit.io.names import disk_layout
 from lowbit.io.source import Source, load_float, load_tokenizer, model_config
+from lowbit.model.capturable import Capturable
 from lowbit.model.quantize import Job, batched, quantize_blocks
 from lowbit.model.recipe import Recipe
 from lowbit.model.select import select
@@ -25,7 +26,6 @@ from lowbit.observe.tokens import Tokens
 from lowbit.train import qat
 from lowbit.train.compiled import compile_blocks, plain_blocks
 from lowbit.train.distill import Objective, Teacher, frozen, next_token_loss
-from lowbit.train.graph import Capturable
 from lowbit.train.loop import Run, train
 from lowbit.train.optim import AdamW8bit
 from lowbit.train.qlora import add_lora, merge_lora

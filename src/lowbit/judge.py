@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from lowbit.errors import InputError
 from lowbit.numerics.metrics import kl_divergence
-from lowbit.observe.capture import find_blocks
+from lowbit.observe.head import Head, decoder_name
 from lowbit.observe.tokens import Tokens, check_known
 from lowbit.optional import require
 from lowbit.report import Fidelity
@@ -31,62 +31,6 @@ from lowbit.report import Fidelity
 _MOST_NATS = 700.0  # exp of more overflows float64
 _ROWS = 256  # tokens whose logits exist at one time
 _BATCH_TOKENS = 8192  # large, because a packed weight is decoded once per forward
-
-
-class _Answer(nn.Module):
-    """Stands in for the base model: answers with given hidden states, whatever it is asked."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *args: Any, **kwargs: Any) -> "_Output":
-        return _Output(self.hidden)
-
-
-class _Output:
-    """What a base model returns, reduced to its hidden states; everything else is None."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.last_hidden_state if index == 0 else ()
-
-
-class Head:
-    """A causal language model without its blocks: hidden states to logits, by the model's own forward."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = _shallow(model)
-        *path, self._name = decoder_name(model).split(".")
-        self._parent: nn.Module = self._model
-        for name in path:  # copies along the path, so that the model itself stays as it is
-            child = _shallow(self._parent._modules[name])
-            self._parent._modules[name] = child
-            self._parent = child
-        self._parent._modules[self._name] = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [T, K] -> logits [T, V] float32."""
-        self._parent._modules[self._name] = _Answer(hidden[None])
-        tokens = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        return self._model(input_ids=tokens, use_cache=False).logits[0].float()
-
-
-def decoder_name(model: nn.Module) -> str:
-    """The dotted name of the module that runs the decoder blocks and returns the last hidden states."""
-    return find_blocks(model)[0].rpartition(".")[0]
-
-
-def _shallow(module: Any) -> Any:
-    """The same module with a list of children of its own."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:

@@ -53,7 +53,7 @@ def test_a_part_of_the_step_lies_between_the_weights_and_the_fit() -> None:
 
 def test_equal_inputs_leave_the_weights_as_they_are() -> None:
     w, (x, _, _) = _w(), _tokens(0)
-    assert torch.equal(corrected(w, x.T @ x, torch.zeros(32, 32), None, Correction()), w)
+    assert torch.equal(corrected(w, x.T @ x, torch.zeros(12, 32), Correction()), w)
 
 
 def test_rounding_the_corrected_weights_comes_closer_to_the_original_on_new_tokens() -> None:

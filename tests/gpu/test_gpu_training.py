@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lowbit.kernels import fake as kernels
 from lowbit.kernels import nibbles_triton
+from lowbit.model.capturable import Capturable
 from lowbit.nn.fake import FakeOptions
 from lowbit.numerics import fake
 from lowbit.numerics.affine import choose_scale, value_range
@@ -17,7 +18,6 @@ from lowbit.numerics.scheme import QuantScheme
 from lowbit.optional import installed
 from lowbit.tensors import PackedWeight
 from lowbit.train.distill import Objective, Teacher, frozen, kl_loss, next_token_loss
-from lowbit.train.graph import Capturable
 from lowbit.train.loop import LoopOptions, train
 from lowbit.train.optim import AdamW8bit, StateOptions
 from lowbit.train.qat import QatOptions, convert, prepare

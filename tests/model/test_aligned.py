@@ -177,3 +177,28 @@ def test_aligned_methods_bring_their_own_correction_and_keep_a_given_one() -> No
     given = Correction(strength=0.25)
     recipe = Recipe(QuantScheme.parse("w4a16-g64"), "aligned", correction=given)
     assert dataclasses.replace(recipe, observer="minmax").correction == given
+
+
+def test_the_moment_of_the_wanted_output_aims_as_those_of_its_parts_do() -> None:
+    """A share of 1 of the residual stream's error needs the one, a hair more the others; strength 0 aims elsewhere."""
+    tokens = torch.randint(3, 128, (16, 24), generator=torch.Generator().manual_seed(1))
+    weights = []
+    for correction in (Correction(), Correction(residual=1 + 1e-7), Correction(strength=0.0)):
+        model = tiny("llama")
+        recipe = Recipe(QuantScheme.parse("w8a16-g16"), "aligned", correction=correction)
+        quantize_in_memory(model, recipe, batches=list(tokens.split(4)))
+        weights.append(model.model.layers[0].self_attn.o_proj.packed.dequantize())
+    whole, parts, none = weights
+    assert (whole - parts).norm() < 0.3 * (whole - none).norm()
+
+
+def test_an_output_that_was_asked_for_is_the_originals() -> None:
+    original = tiny("llama")
+    streams = (BlockStream(copy.deepcopy(original), [TOKENS]), BlockStream(original, [TOKENS]))
+    walk, seen = twins(*streams), []
+    twin = next(walk)
+    twin.observe(["mlp.down_proj"], lambda _, __, clean, noisy: seen.append((clean, noisy)), outputs=["mlp.down_proj"])
+    walk.close()
+    clean, noisy = seen[0]
+    assert torch.equal(clean.y, original.model.layers[0].mlp.down_proj(clean.x))
+    assert noisy.y is None

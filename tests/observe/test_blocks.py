@@ -75,7 +75,7 @@ def test_arguments_that_are_remembered_are_those_that_the_model_gives(build: Cal
 def test_a_block_of_a_plain_model_asks_the_model_once_for_each_batch() -> None:
     model, batches = tiny("llama"), _batches()
     stream = BlockStream(model, batches)
-    stream.remembers, calls = True, []
+    calls: list[int] = []
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
     for block in stream:
         for batch in (0, 1, 0, 1):

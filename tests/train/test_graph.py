@@ -5,9 +5,9 @@ import torch
 from architectures import TINY
 from torch._dynamo.utils import counters
 
+from lowbit.model.capturable import Capturable
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.capture import find_blocks
-from lowbit.train.graph import Capturable
 from lowbit.train.qat import prepare
 
 IDS = torch.arange(48).view(2, 24) % 120 + 3

@@ -24,7 +24,7 @@ from lowbit.numerics.scheme import TensorScheme
 
 @dataclass(frozen=True)
 class Moments:
-    """What a layer saw: moment [K, K] = E[x~ x~^T], shift [K, K] = E[(x - x~) x~^T], residual [N, K] or None."""
+    """What a layer saw: moment [K, K] = E[x~ x~^T], shift [K, K] = E[(x - x~) x~^T], and E[(r - r~) x~^T] [N, K]."""
 
     moment: Tensor
     shift: Tensor
@@ -40,7 +40,10 @@ class Moments:
 
     def aim(self, w: Tensor, options: Correction) -> Tensor:
         """The weights [N, K] to round in place of w."""
-        return corrected(w, self.moment, self.shift, self.residual, options)
+        cross = w.float() @ self.shift
+        if self.residual is not None:
+            cross = cross + options.residual * self.residual
+        return corrected(w, self.moment, cross, options)
 
 
 def distance_to_wanted(dequantized: Tensor, w: Tensor, held_out: Moments) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.numerics.affine import round_to
+from lowbit.numerics.affine import nearest
 from lowbit.numerics.formats import NumberFormat
 
 PANEL = 128  # columns to a panel; the rest of the weight hears of them in one matrix product
@@ -27,11 +27,12 @@ def round_panel(
     panel [B, N]: the weights; corner [B, B]: their part of the upper factor U; steps, shifts [B, N]: scale and zero.
     """
     panel, codes, errors = panel.clone(), torch.empty_like(panel), torch.empty_like(panel)
-    for i in range(len(panel)):
-        code = round_to(panel[i] / steps[i] + shifts[i], limits).float()
-        codes[i] = code
-        torch.div(panel[i] - (code - shifts[i]) * steps[i], corner[i, i], out=errors[i])
-        panel[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
+    pivots = corner.diagonal().tolist()
+    rows = zip(*(part.unbind() for part in (panel, steps, shifts, codes, errors)), strict=True)
+    for i, (w, step, shift, code, error) in enumerate(rows):
+        code.copy_(nearest(torch.addcdiv(shift, w, step), limits))
+        torch.sub(w, (code - shift).mul_(step), out=error).div_(pivots[i])
+        panel[i + 1 :].addr_(corner[i, i + 1 :], error, alpha=-1)
     return codes, errors
 
 
@@ -43,11 +44,12 @@ def descend_panel(
     gradient [B, N]: (E H)^T of the panel; corner [B, B]: its part of H; codes [B, N]: where they are now.
     """
     gradient, found, moved = gradient.clone(), torch.empty_like(codes), torch.empty_like(codes)
-    for i in range(len(codes)):
-        wanted = codes[i] - gradient[i] / (corner[i, i] * steps[i])
-        found[i] = round_to(wanted, limits).float()
-        torch.mul(found[i] - codes[i], steps[i], out=moved[i])
-        gradient.addr_(corner[i], moved[i])
+    pivots = corner.diagonal()[:, None] * steps
+    rows = zip(*(part.unbind() for part in (gradient, pivots, codes, steps, found, moved)), strict=True)
+    for i, (slope, pivot, code, step, new, change) in enumerate(rows):
+        new.copy_(nearest(torch.addcdiv(code, slope, pivot, value=-1), limits))
+        torch.sub(new, code, out=change).mul_(step)
+        gradient.addr_(corner[i], change)
     return found, moved
 
 

@@ -11,6 +11,8 @@ arXiv:2504.02692, and Qronos, arXiv:2505.11695, spread the same least squares ov
     W x + (r - r~)   for a layer whose output is added to the residual stream: r there in the original, r~ here,
                      so that it also takes back what earlier layers lost
 
+Where t itself is at hand, one moment is enough: E[(t - W x~) x~^T] = E[t x~^T] - W H.
+
 The full step fits the calibration tokens too closely: `strength` < 1 takes a part of it.
 
 A bias takes back what the layer loses on average, which no weight has to:
@@ -37,22 +39,15 @@ class Correction:
     damping: float = 0.01
 
 
-def corrected(w: Tensor, moment: Tensor, shift: Tensor, residual: Tensor | None, options: Correction) -> Tensor:
-    """W* [N, K] float32 for w [N, K].
-
-    moment [K, K] = E[x~ x~^T]; shift [K, K] = E[(x - x~) x~^T]; residual [N, K] = E[(r - r~) x~^T] or None.
-    """
-    w = w.float()
-    cross = w @ shift
-    if residual is not None:
-        cross = cross + options.residual * residual
+def corrected(w: Tensor, moment: Tensor, cross: Tensor, options: Correction) -> Tensor:
+    """W* [N, K] float32 for w [N, K]; moment [K, K] = E[x~ x~^T]; cross [N, K] = E[(t - W x~) x~^T]."""
     double = moment.double()
     ridge = options.damping * double.diagonal().mean() + torch.finfo(torch.float64).tiny
     double.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(double)
     wanted = cross.double().T
     step = torch.linalg.solve(double, wanted) if failed else torch.cholesky_solve(wanted, factor)
-    return w + options.strength * step.T.float()
+    return w.float() + options.strength * step.T.float()
 
 
 def corrected_bias(

@@ -91,7 +91,7 @@ def _fitted(equations: tuple[Tensor, Tensor], w: Tensor, scale: Tensor, scheme: 
     diagonal = left.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0
     ridge = torch.where(empty, 1.0, 1e-6 * diagonal)  # H need not be definite
-    solved = torch.linalg.solve(left + torch.diag_embed(ridge), right)
+    solved = torch.linalg.solve_ex(left + torch.diag_embed(ridge), right).result  # a singular one is kept out below
     fitted = solved.reshape(scale.shape).to(scale.dtype)
     if is_blocks(scheme.format):
         fitted = microscale.snap(fitted, scheme.format, divisor_of(w, scheme.format, True))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.algorithms.choose import Moments, choose_rows, solve_chosen
-from lowbit.algorithms.correction import corrected_bias
+from lowbit.algorithms.correction import corrected, corrected_bias
 from lowbit.algorithms.gptaq import solve_gptaq, solve_qronos
 from lowbit.algorithms.solution import Solution
 from lowbit.errors import InputError
@@ -39,8 +39,9 @@ def solve_linears(
         return
     linears = [cast("nn.Linear", module.get_submodule(name)) for name in names]
     full_names = [f"{prefix}.{name}" if prefix else name for name in names]
-    for full_name, linear in zip(full_names, linears, strict=True):
-        check_finite(linear.weight, f"{full_name}.weight")
+    if not torch.stack([linear.weight.isfinite().all() for linear in linears]).all():
+        for full_name, linear in zip(full_names, linears, strict=True):
+            check_finite(linear.weight, f"{full_name}.weight")
     if scheme.weights.format.kind == "codebook":
         for name, full_name, linear in zip(names, full_names, linears, strict=True):
             packed = PackedWeight.from_float(linear.weight, scheme, log.scale_dtype)
@@ -118,7 +119,12 @@ def _solved(
 ) -> tuple[Solution, str]:
     """(solution, method used) for w [N, K], aimed at the original's outputs where both models were observed."""
     recipe = log.recipe
-    if recipe.correction is None or moment is None or observed is None or observed.shift is None:
+    if recipe.correction is None or moment is None or observed is None:
+        return log.solve(w, scheme, moment, name)
+    if observed.wanted is not None:
+        cross = observed.wanted.value - w @ moment
+        return log.solve(corrected(w, moment, cross, recipe.correction), scheme, moment, name)
+    if observed.shift is None:
         return log.solve(w, scheme, moment, name)
     seen = observed.moments(moment)
     if recipe.method in SHIFT_METHODS:

@@ -5,17 +5,20 @@ A solver's result is the start. Every code may move to a neighbour and every sca
 lowest KL there is kept: learning never returns a model that is worse on them than the one it was given.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
+from lowbit.model.divergence import Divergence
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.rounding import RoundingLinear
-from lowbit.numerics.metrics import kl_divergence
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,6 @@ class Learning:
         return min(self.held_out, windows // 4)
 
 
-Wanted = Callable[[Tensor], Tensor]
-"""The original's logits [b, T, V] for calibration windows of these numbers, int64 [b]."""
-
-
 @dataclass(frozen=True)
 class Learned:
     """KL on the held-out windows before and after, the step that was kept, and the float parameters that changed."""
@@ -68,7 +67,6 @@ def learn(
     ids: Tensor,
     options: Learning,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    wanted: Wanted | None = None,
 ) -> Learned:
     """Improve the quantized layers of `model` in place; ids [samples, T]; original is the float model, on its device.
 
@@ -76,34 +74,28 @@ def learn(
     a model is twice as close to the original as elsewhere, and learning would only lose there.
 
     Layers that are not integers are left alone. The norms of the model are learned as far as they are 1-D parameters.
-    wanted: what the original answers, where that is known already; else it runs along.
     """
     apart = options.apart(len(ids))
-    device = next(model.parameters()).device
-    answers = wanted or _answers(original, ids, device)
+    divergence = Divergence(model, original, ids)
     train, held_out = torch.arange(len(ids)).split([len(ids) - apart, apart])
-
-    def divergence(numbers: Tensor) -> Tensor:
-        return _divergence(model, ids[numbers].to(device), answers(numbers))
-
     softened = _soften(model)
     groups = _parameters(model, softened, options)
-    best = before = _held_out(divergence, held_out)
+    best = before = divergence.mean(held_out)
     best_state, best_step = _state(groups), 0
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / options.steps, 0.0))
+    add_gradient = _gradients(divergence, optimizer, min(options.windows, len(train)))
     order = _order(len(train), options)
     every = max(options.steps // options.checks, 1)
     for step in range(1, options.steps + 1):
-        optimizer.zero_grad()
-        divergence(train[next(order)]).mean().backward()
+        add_gradient(train[next(order)])
         if options.sign:
             _sign_step(optimizer)
         else:
             optimizer.step()
         schedule.step()
         if step % every == 0:
-            now = _held_out(divergence, held_out)
+            now = divergence.mean(held_out)
             if now < best:
                 best, best_state, best_step = now, _state(groups), step
             progress("learning", step, options.steps)
@@ -115,6 +107,27 @@ def learn(
     for parameter in rewritten.values() if best_step else ():
         parameter.data = parameter.data.to(options.stored).to(parameter.dtype)
     return Learned(before, best, best_step, frozenset(rewritten) if best_step else frozenset())
+
+
+def _gradients(divergence: Divergence, optimizer: torch.optim.Optimizer, windows: int) -> Callable[[Tensor], None]:
+    """What puts the gradient on windows of these numbers into the parameters, in place of the one there.
+
+    A CUDA graph where there is a GPU, and the model does nothing that no graph can hold.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def plainly(numbers: Tensor) -> None:
+        optimizer.zero_grad()
+        divergence.add_gradient(numbers)
+
+    if divergence.device.type != "cuda":
+        return plainly
+    try:
+        replay = divergence.graphed(windows, parameters)
+    except RuntimeError as error:
+        logger.warning("learning goes on without a CUDA graph: %s", str(error).splitlines()[0])
+        return plainly
+    return replay
 
 
 def _soften(model: nn.Module) -> dict[str, RoundingLinear]:
@@ -151,37 +164,11 @@ def _parameters(model: nn.Module, softened: dict[str, RoundingLinear], options: 
 
 
 def _order(samples: int, options: Learning) -> Iterator[Tensor]:
-    """Batches of window numbers, a new permutation whenever all were seen."""
+    """Batches of window numbers of one size, a new permutation whenever no more are left."""
     generator = torch.Generator().manual_seed(options.seed)
+    windows = min(options.windows, samples)
     while True:
-        yield from torch.randperm(samples, generator=generator).split(min(options.windows, samples))
-
-
-def _answers(original: nn.Module, ids: Tensor, device: torch.device) -> Wanted:
-    """The original running along."""
-
-    @torch.no_grad()
-    def answers(numbers: Tensor) -> Tensor:
-        with _precision(device):
-            return cast("Tensor", original(input_ids=ids[numbers].to(device), use_cache=False).logits)
-
-    return answers
-
-
-def _precision(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def _divergence(model: nn.Module, batch: Tensor, wanted: Tensor) -> Tensor:
-    """KL(wanted || model) of each token of batch [b, T]: [b, T] float32."""
-    with _precision(batch.device):
-        logits = model(input_ids=batch, use_cache=False).logits
-    return kl_divergence(wanted, logits)
-
-
-@torch.no_grad()
-def _held_out(divergence: Callable[[Tensor], Tensor], numbers: Tensor) -> float:
-    return torch.cat([divergence(part).mean(-1) for part in numbers.split(4)]).mean().item()
+        yield from torch.randperm(samples, generator=generator)[: samples - samples % windows].split(windows)
 
 
 @torch.no_grad()

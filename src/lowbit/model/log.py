@@ -104,14 +104,19 @@ class LayerLog:
     ) -> None:  # fmt: skip
         """Write down what layer `name` lost."""
         error = w - dequantized
-        relative = metrics.relative_error(w, dequantized)
-        output = None if moment is None else metrics.output_error(error, w, moment)
+        relative, output = metrics.layer_errors(w, error, moment)
         self.records.append(LayerRecord(name, str(scheme), method, relative, metrics.sqnr_db(relative), output))
+        if name not in self._worst():
+            return
         shown = [histogram(w, name, "weight"), histogram(error, name, "error")]
         if observed is not None and observed.sample is not None:
-            sample = observed.sample
-            shown.append(Histogram(name, sample.of, sample.low, sample.high, sample.counts))
+            shown.append(histogram(observed.sample, name, "activation"))
         self.seen[name] = tuple(shown)
+
+    def _worst(self) -> list[str]:
+        """The names of the worst layers so far: by output error where it is known, else by relative error."""
+        ranked = sorted(self.records, key=lambda record: -(record.output_error or record.relative_error))
+        return [record.name for record in ranked[:SHOWN_LAYERS]]
 
     def compare(self, w: Tensor, scheme: QuantScheme, moment: Tensor, sizes: Sequence[int]) -> None:
         """Add what lower rungs leave to the latest records, whose layers are w [N, K] cut into rows of these sizes."""
@@ -126,6 +131,5 @@ class LayerLog:
 
     @property
     def histograms(self) -> tuple[Histogram, ...]:
-        """Those of the worst layers: by output error where it is known, else by relative error."""
-        ranked = sorted(self.records, key=lambda record: -(record.output_error or record.relative_error))
-        return tuple(item for record in ranked[:SHOWN_LAYERS] for item in self.seen[record.name])
+        """Those of the worst layers."""
+        return tuple(item for name in self._worst() for item in self.seen[name])

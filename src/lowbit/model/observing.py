@@ -19,6 +19,7 @@ from lowbit.observe.endings import Replays
 from lowbit.observe.inputs import ExpertInput, expert_inputs
 from lowbit.observe.moments import CrossMoment
 
+WHOLE_METHODS = ("aligned", "rotate", "learned")
 HELD_OUT = 6  # one batch in so many judges the candidates of effort 3
 
 
@@ -90,12 +91,13 @@ def observe_twin(
     block = twin.noisy
     held_out = -(-block.batches // HELD_OUT) if log.recipe.method == "chosen" and block.batches > 1 else 0
     leads = [group[0] for group in groups if group[0] not in idle]
+    outputs = [group[0] for group in groups if len(group) == 1 and _needs_no_parts(twin, group[0], log)]
     statistics: dict[str, Statistics] = {}
     for name in leads:
         linear = cast("nn.Linear", block.module.get_submodule(name))
-        statistics[name] = _twin_statistics(linear, schemes[name], name in twin.sources, log)
+        statistics[name] = _twin_statistics(linear, schemes[name], name in twin.sources, name in outputs, log)
         if held_out:
-            statistics[name].held_out = _twin_statistics(linear, schemes[name], name in twin.sources, log)
+            statistics[name].held_out = _twin_statistics(linear, schemes[name], name in twin.sources, False, log)
 
     def receive(name: str, batch: int, clean: Seen, noisy: Seen) -> None:
         observed = statistics[name]
@@ -106,6 +108,8 @@ def observe_twin(
             weighted = partial(_weighted, log, f"{block.name}.{name}", batch)
             x = weighted(read)
             observed.update(noisy.x, x)
+            if observed.wanted is not None:
+                observed.wanted.update(weighted(_wanted(clean, noisy)), x)
             if observed.shift is not None:
                 observed.shift.update(weighted(observed.turned(clean.x) - read), x)
             if observed.residual is not None and clean.residual is not None and noisy.residual is not None:
@@ -114,8 +118,26 @@ def observe_twin(
             raise InputError(f"the input of {block.name}.{name}: {error}") from error
 
     if leads:
-        twin.observe(leads, receive, groups[0] if len(groups) == 1 else ())
+        twin.observe(leads, receive, groups[0] if len(groups) == 1 else (), outputs)
     return statistics
+
+
+def _needs_no_parts(twin: Twin, name: str, log: LayerLog) -> bool:
+    """Whether of the linear's wanted output W x + (r - r~) nothing has to be known apart.
+
+    A bias is corrected by what x alone is short of, and candidates differ in how much of r - r~ they want.
+    """
+    recipe, linear = log.recipe, cast("nn.Linear", twin.noisy.module.get_submodule(name))
+    whole = recipe.correction is not None and recipe.correction.residual == 1 and recipe.method in WHOLE_METHODS
+    return whole and name in twin.sources and linear.bias is None
+
+
+def _wanted(clean: Seen, noisy: Seen) -> Tensor:
+    """W x + (r - r~) [..., N] of a linear without a bias."""
+    assert clean.y is not None
+    assert clean.residual is not None
+    assert noisy.residual is not None
+    return clean.y + (clean.residual - noisy.residual)
 
 
 def _weighted(log: LayerLog, name: str, batch: int, x: Tensor) -> Tensor:
@@ -125,9 +147,14 @@ def _weighted(log: LayerLog, name: str, batch: int, x: Tensor) -> Tensor:
     return x * log.sensed[name].tokens[batch].sqrt().to(x.device).view(*x.shape[:-1], 1)
 
 
-def _twin_statistics(linear: nn.Linear, scheme: QuantScheme, writes_residual: bool, log: LayerLog) -> Statistics:
+def _twin_statistics(
+    linear: nn.Linear, scheme: QuantScheme, writes_residual: bool, whole: bool, log: LayerLog
+) -> Statistics:
     device = linear.weight.device
     observed = log.statistics(linear.in_features, scheme, device, rotation_of(linear))
+    if whole:
+        observed.wanted = CrossMoment(linear.out_features, linear.in_features, device)
+        return observed
     observed.shift = CrossMoment(linear.in_features, linear.in_features, device)
     if writes_residual:
         observed.residual = CrossMoment(linear.out_features, linear.in_features, device)

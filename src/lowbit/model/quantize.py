@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lowbit.errors import InputError, MethodError
 from lowbit.kernels.reference import keeping_decoded
 from lowbit.memory import give_back
-from lowbit.model.aligned import Twin, residual_sources, twins
+from lowbit.model.aligned import Twin, twins, watching_sources
 from lowbit.model.layers import solve_experts, solve_linears
 from lowbit.model.log import LayerLog
 from lowbit.model.observing import observe_experts, observe_linears, observe_twin
@@ -219,12 +219,12 @@ def _quantize_twin(twin: Twin, schemes: dict[str, QuantScheme], log: LayerLog) -
     """Quantize a block whose inputs are seen beside the original's; experts without that comparison."""
     block = twin.noisy
     linears, experts = _split(block.module, schemes)
-    with watching_endings(block, linears) as endings:
+    with watching_endings(block, linears) as endings, watching_sources(block, linears) as sources:
         groups, idle = input_groups(block, linears)
     correction = log.recipe.correction
     assert correction is not None
     if correction.residual:
-        twin.sources = residual_sources(twin.clean, linears)
+        twin.sources = sources
     steps = [[group] for group in groups] if correction.sequential else [groups]
     if log.sensed:  # each linear has its own tokens' weights
         steps = [[[name] for group in step for name in group] for step in steps]

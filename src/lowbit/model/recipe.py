@@ -39,7 +39,15 @@ SMOOTHING_METHODS = ("awq", "smooth")
 METHODS = ("rtn", "rtn-clip", "hqq", "rtn-weighted", "awq", "gptq", "smooth", *ALIGNED_METHODS)
 HESSIAN_METHODS = ("gptq", "smooth", *ALIGNED_METHODS)  # solve under the whole second moment
 MOMENT_METHODS = ("rtn-weighted", "awq", *HESSIAN_METHODS)  # awq and rtn-weighted use its diagonal
-POLISH = 3  # rounds; 6 gained 1 % more (docs/log-accuracy.md)
+POLISH, BRIEF_POLISH = 3, 1  # rounds; 6 gained 1 % more (docs/log-accuracy.md), 1 lost 1 % (docs/log-ladder-time.md)
+
+
+BRIEF_STEPS = 80  # of learning: at 4 bits 450 gained little more
+
+
+def _loses_little(scheme: QuantScheme) -> bool:
+    """Whether integer weights alone are rounded, to 4 bits or more: part of the work has most of the gain."""
+    return scheme.activations is None and scheme.weights.format.kind == "int" and scheme.weights.bits >= 4
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,15 @@ class Recipe:
                 "LLM.int8() is written as bitsandbytes writes it, under one threshold, and can't stand beside others"
             )
 
+        brief = all(_loses_little(scheme) for scheme in schemes)
         if self.method in ALIGNED_METHODS and self.correction is None:
             plain = self.method in SHIFT_METHODS
             object.__setattr__(self, "correction", Correction(1.0, 0.0) if plain else Correction())
-            object.__setattr__(self, "gptq", replace(self.gptq, polish=0 if plain else self.gptq.polish or POLISH))
+            object.__setattr__(
+                self,
+                "gptq",
+                replace(self.gptq, polish=0 if plain else self.gptq.polish or (BRIEF_POLISH if brief else POLISH)),
+            )
         if self.method == "rotate" and self.rotation is None:
             few = any(scheme.activations is not None for scheme in schemes)
             object.__setattr__(self, "rotation", Rotation(online="down" if few else "none"))
@@ -107,7 +120,7 @@ class Recipe:
                 'time; use Rotation(online="none")'
             )
         if self.method == "learned" and self.learning is None:
-            object.__setattr__(self, "learning", Learning())
+            object.__setattr__(self, "learning", Learning(steps=BRIEF_STEPS) if brief else Learning())
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":

@@ -1,4 +1,4 @@
-"""What is known of one layer's input: its second moment, its range, what the original's input was, a histogram."""
+"""What is known of one layer's input: its second moment, its range, what the original's input was, a sample of it."""
 
 import torch
 from torch import Tensor
@@ -13,14 +13,15 @@ from lowbit.observe.ranges import Observer
 from lowbit.report import Histogram
 
 BINS = 64
+SAMPLE = 256  # tokens of the first batch that stand for all in a histogram
 
 
 class Statistics:
-    """What a solver may ask of one input: its second moment, its range, and a histogram for the report.
+    """What a solver may ask of one input: its second moment, its range, and a sample for the report.
 
-    shift and residual (algorithms/correction.py) are there when the original's activations are seen beside it; held_out
-    keeps tokens apart that judge candidates (algorithms/choose.py). rounding: how the layer will round its input at run
-    time, in so few bits that the moments are taken of what it then multiplies.
+    shift and residual, or wanted in place of both (algorithms/correction.py), are there when the original is seen
+    beside it; held_out keeps tokens apart that judge candidates (algorithms/choose.py). rounding: how the layer will
+    round its input at run time, in so few bits that the moments are taken of what it then multiplies.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class Statistics:
         self.moment, self.observer, self.rounding, self.rotation = moment, observer, rounding, rotation
         self.shift: CrossMoment | None = None
         self.residual: CrossMoment | None = None
+        self.wanted: CrossMoment | None = None
         self.held_out: Statistics | None = None
-        self.sample: Histogram | None = None
+        self.sample: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -66,13 +68,12 @@ class Statistics:
         if self.observer is not None:
             self.observer.update(self.turned(x))
         if self.sample is None:
-            finite_range(x)  # infinity can't be counted
-            self.sample = histogram(x, "", "activation")
+            self.sample = x.detach().reshape(-1, x.shape[-1])[:SAMPLE].clone()  # [..., K] -> [SAMPLE, K]
 
 
 def histogram(x: Tensor, layer: str, of: str) -> Histogram:
-    """Counts of x in 64 equal bins from its smallest to its largest element."""
+    """Counts of x in 64 equal bins from its smallest to its largest element. Raises InputError unless it is finite."""
     values = x.detach().flatten().float()
-    low, high = (bound.item() for bound in torch.aminmax(values))
+    low, high = (bound.item() for bound in finite_range(values))
     counts = torch.histc(values, BINS, low, high) if low < high else torch.tensor([float(values.numel())])
     return Histogram(layer, of, low, high, tuple(int(count) for count in counts.tolist()))

@@ -16,27 +16,50 @@ from torch.nn.functional import linear
 
 from lowbit.kernels.ops import fake_activations, fake_inputs, rotate
 from lowbit.nn.linear import QuantLinear
-from lowbit.numerics.affine import per_element, round_to
+from lowbit.numerics.affine import group_view, nearest, round_to
+from lowbit.numerics.scheme import TensorScheme
 from lowbit.optional import installed, late
 from lowbit.tensors import PackedWeight
 
 
-class _Fused(torch.autograd.Function):
-    """weight_now by kernels/triton/rounding.py; scale is the stored one, and takes the gradient of the learned one."""
+class _Rounded(torch.autograd.Function):
+    """w^ [N, K]; scale is the stored one, and takes the gradient of the learned one. Saves no intermediate."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, scale: Tensor, u: Tensor, zero: Tensor | None, limits: Any, dtype: Any) -> Tensor:
-        kernels = late("lowbit.kernels.triton.rounding")
+    def forward(
+        ctx: Any, v: Tensor, scale: Tensor, u: Tensor, zero: Tensor | None, scheme: TensorScheme, dtype: Any
+    ) -> Tensor:
         ctx.save_for_backward(v, scale, u, zero)
-        ctx.limits = limits
-        return kernels.rounded_weight(u, v, scale, zero, limits, dtype)
+        ctx.scheme = scheme
+        if _fuses(scheme, u):
+            return late("lowbit.kernels.triton.rounding").rounded_weight(u, v, scale, zero, scheme.format, dtype)
+        code = nearest(u + v, scheme.format)
+        if zero is not None:
+            group_view(code, scheme).sub_(zero.unsqueeze(-1))
+        group_view(code, scheme).mul_(scale.unsqueeze(-1))
+        return code.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        kernels = late("lowbit.kernels.triton.rounding")
         v, scale, u, zero = ctx.saved_tensors
-        dv, ds = kernels.rounded_gradients(u, v, scale, zero, slopes[0], ctx.limits)
+        scheme = ctx.scheme
+        if _fuses(scheme, u):
+            kernels = late("lowbit.kernels.triton.rounding")
+            dv, ds = kernels.rounded_gradients(u, v, scale, zero, slopes[0], scheme.format)
+            return dv, ds, None, None, None, None
+        soft = u + v
+        inside = (soft >= scheme.format.low) & (soft <= scheme.format.high)
+        code = nearest(soft, scheme.format)
+        if zero is not None:
+            group_view(code, scheme).sub_(zero.unsqueeze(-1))
+        slope = slopes[0].float()
+        ds = group_view(code.mul_(slope), scheme).sum(-1)
+        dv = (group_view(slope, scheme) * scale.unsqueeze(-1)).view_as(v).mul_(inside)
         return dv, ds, None, None, None, None
+
+
+def _fuses(scheme: TensorScheme, u: Tensor) -> bool:
+    return scheme.granularity in ("group", "channel") and u.is_cuda and installed("triton")
 
 
 class RoundingLinear(nn.Module):
@@ -60,13 +83,8 @@ class RoundingLinear(nn.Module):
         self.input_scale, self.input_zero = layer._buffers.get("input_scale"), layer._buffers.get("input_zero_point")
         static = self.input_scale is not None
         self.input_gain = nn.Parameter(torch.ones(1, device=self.u.device)) if static else None
-        by_rows = self.scheme.weights.granularity in ("group", "channel")
-        self.fuses = by_rows and self.u.is_cuda and installed("triton")
         self.v = nn.Parameter(torch.zeros_like(self.u))
         self.gain = nn.Parameter(torch.ones_like(self.scale))
-
-    def _wide(self, parameter: Tensor) -> Tensor:
-        return per_element(parameter, self.scheme.weights)
 
     def _codes(self) -> Tensor:
         limits = self.scheme.weights.format
@@ -79,13 +97,8 @@ class RoundingLinear(nn.Module):
 
     def weight_now(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """w^ [N, K] in dtype."""
-        if self.fuses:
-            weight = _Fused.apply(self.v, self._scale(), self.u, self.zero, self.scheme.weights.format, dtype)
-            return cast("Tensor", weight)
-        soft = self._codes()
-        code = soft + (round_to(soft.detach(), self.scheme.weights.format).float() - soft).detach()
-        shifted = code if self.zero is None else code - self._wide(self.zero)
-        return (shifted * self._wide(self._scale())).to(dtype)
+        weight = _Rounded.apply(self.v, self._scale(), self.u, self.zero, self.scheme.weights, dtype)
+        return cast("Tensor", weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; x is rounded on the way where the scheme says so."""

@@ -116,12 +116,15 @@ def round_to(scaled: Tensor, number_format: NumberFormat) -> Tensor:
 
     int8, or float8_e4m3fn, which holds the levels of E2M1 exactly: there the code stands as its level.
     """
+    return nearest(scaled, number_format).to(torch.int8 if number_format.kind == "int" else torch.float8_e4m3fn)
+
+
+def nearest(scaled: Tensor, number_format: NumberFormat) -> Tensor:
+    """The codes of `round_to` in float32."""
     if number_format.kind == "float" and number_format.bits == 4:
-        return nearest_levels(scaled).to(torch.float8_e4m3fn)
+        return nearest_levels(scaled)
     clamped = scaled.clamp(number_format.low, number_format.high)
-    if number_format.kind == "float":
-        return clamped.to(torch.float8_e4m3fn)
-    return clamped.round().to(torch.int8)
+    return clamped.to(torch.float8_e4m3fn).float() if number_format.kind == "float" else clamped.round_()
 
 
 def where_codes(condition: Tensor, q: Tensor, other: Tensor) -> Tensor:

@@ -31,6 +31,22 @@ def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
 
 def output_error(error: Tensor, weight: Tensor, second_moment: Tensor) -> float:
     """|x error^T| / |x weight^T| over the tokens whose second moment [K, K] is given; error, weight [N, K]."""
-    noise = torch.einsum("nk,nk->", error @ second_moment, error).clamp(min=0)
-    signal = torch.einsum("nk,nk->", weight @ second_moment, weight)
-    return math.sqrt((noise / signal).item()) if signal > 0 else 0.0
+    noise, signal = torch.stack(_powers(error, weight, second_moment)).tolist()
+    return math.sqrt(max(noise, 0.0) / signal) if signal > 0 else 0.0
+
+
+def layer_errors(weight: Tensor, error: Tensor, second_moment: Tensor | None) -> tuple[float, float | None]:
+    """(|error| / |weight|, `output_error`, None without a moment) of float32 [N, K]; a device is waited for once."""
+    sizes = [weight.norm(), error.norm()]
+    powers = [] if second_moment is None else _powers(error, weight, second_moment)
+    size, distance, *rest = torch.stack([*sizes, *powers]).tolist()
+    relative = distance / size if size else (0.0 if not distance else math.inf)
+    if second_moment is None:
+        return relative, None
+    noise, signal = rest
+    return relative, math.sqrt(max(noise, 0.0) / signal) if signal > 0 else 0.0
+
+
+def _powers(error: Tensor, weight: Tensor, second_moment: Tensor) -> list[Tensor]:
+    """[E|x error^T|^2, E|x weight^T|^2], 0-d."""
+    return [((part @ second_moment) * part).sum() for part in (error, weight)]

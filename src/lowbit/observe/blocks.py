@@ -186,9 +186,6 @@ class BlockStream:
         self._home = next(model.parameters()).device
         self._stored: list[Any] = [None] * len(batches)  # the latest block's output, as it returned it
         self._shared: list[dict[str, dict]] = [{} for _ in batches]  # what blocks wrote into mappings they share
-        # a block's arguments are asked for at each of its stages: a CPU's forwards take 50 times as long as the asking,
-        # but a GPU would wait for it
-        self.remembers = hidden_device.type == "cuda"
         self._known: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}  # arguments, by block and batch
         self._current: Iterator[Block] | None = None
 
@@ -244,12 +241,12 @@ class BlockStream:
         for name, entries in self._shared[batch].items():
             kwargs[name].update(entries)
         found = moved(args, self.device), moved(kwargs, self.device)
-        if self.remembers and isinstance(previous, Tensor):
+        if isinstance(previous, Tensor):
             self._remember(index, batch, found, previous)
         return found
 
     def _remember(self, index: int, batch: int, found: tuple[tuple, dict[str, Any]], previous: Tensor) -> None:
-        """Keep what block `index` gets beside its hidden states, if it is plain and small."""
+        """Keep what block `index` gets beside its hidden states, if it is plain and small: each stage asks for it."""
         if self._known and next(iter(self._known))[0] != index:
             self._known = {}
         sizes: list[int] = []

@@ -91,15 +91,22 @@ class Replays:
         self._arena = torch.empty(room, dtype=torch.uint8, device=block.hidden_device)
         self._used = 0
         self._kept: dict[str, dict[int, Tensor]] = {ending.linear: {} for ending in endings}
+        self._answered: set[tuple[str, int]] = set()  # of what was kept, the outputs
         self._originals: dict[str, nn.Module] = {}
 
-    def keep(self, linear: str, x: Tensor) -> None:
-        """Keep x [..., K], the input of an ending linear in the current batch, while there is room for it."""
-        end = self._used + x.nbytes
+    def keep(self, linear: str, x: Tensor, y: Tensor | None = None) -> None:
+        """Keep x [..., K], the input of an ending linear in the current batch, while there is room for it.
+
+        y [..., N]: what the linear made of it, where its weight is final already: kept in place of x.
+        """
+        part = x if y is None else y
+        end = self._used + part.nbytes
         if linear in self._kept and end <= self._arena.numel():
-            place = self._arena[self._used : end].view(x.dtype).view(x.shape)
-            self._kept[linear][self._block.batch] = place.copy_(x.detach())
+            place = self._arena[self._used : end].view(part.dtype).view(part.shape)
+            self._kept[linear][self._block.batch] = place.copy_(part.detach())
             self._used = -(-end // 16) * 16  # every dtype stays aligned
+            if y is not None:
+                self._answered.add((linear, self._block.batch))
 
     def settle(self, linear: str) -> None:
         """`linear` has its final weight: from now on the module that ends in it answers from what was kept."""
@@ -108,7 +115,8 @@ class Replays:
         ending, kept, block = self._endings[linear], self._kept[linear], self._block
         original, layer = block.module.get_submodule(ending.module), block.module.get_submodule(linear)
         for batch, x in kept.items():
-            kept[batch] = self._product(layer, x)
+            if (linear, batch) not in self._answered:
+                kept[batch] = self._product(layer, x)
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             if block.batch not in kept:
