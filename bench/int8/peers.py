@@ -1,8 +1,11 @@
 """W8A8 layers beside their peers in one run on one GPU: python bench/int8/peers.py OUT.json
 
-Microseconds of a call in a CUDA graph over rotated weights. Ours, gemlite and humming quantize bfloat16 activations
-per token; cuBLAS takes them as they are; those called "raw" are given quantized ones. Peers that don't import are left
-out, and named in the file.
+Microseconds of a call in a CUDA graph over rotated weights. Ours, gemlite, humming and torch._int_mm between our
+quantization and a Triton epilogue take bfloat16 activations and quantize them per token; cuBLAS takes them as they are;
+those called "raw" are given quantized ones. Peers that don't import are left out, and named in the file.
+
+All kernels of a shape and M take turns, ROUNDS times a few replays each, so that no one has the cooler chip: products
+of many tokens draw all the power that it may, and the clock follows with some delay.
 
 gemlite chooses tiles by its table for the H100, the same chip; its tuning would take an hour. Shapes and M that the
 table lacks (70B; M=8192) get the row of 8B.gate_up (of M=4096). --warm calls each peer once, to compile: several
@@ -16,15 +19,19 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lowbit.kernels import int8_fused
-from lowbit.kernels.cuda import int8_hopper, int8_prefill
+from lowbit.kernels.cuda import int8_hopper
 from lowbit.kernels.int8 import Scaling
-from lowbit.kernels.timing import copies_of, graph_us
+from lowbit.kernels.timing import capture, copies_of, replay_us
 from lowbit.nn.linear import QuantLinear
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.tensors import PackedWeight
@@ -32,29 +39,13 @@ from lowbit.tensors import PackedWeight
 SHAPES = {"8B.gate_up": (28672, 4096), "8B.o": (4096, 4096), "8B.down": (4096, 14336), "8B.qkv": (6144, 4096),
           "70B.gate_up": (57344, 8192), "70B.o": (8192, 8192), "70B.down": (8192, 28672)}  # fmt: skip
 TOKENS = (1, 4, 16, 64, 1024, 4096, 8192)
+ROUNDS, TURN_US = 7, 2000.0  # turns of each kernel, and how long one takes at least
 Layer = Callable[[Tensor], object]
 
 
 def ours(w: Tensor, scheme: str = "w8a8") -> Layer:
     layer = QuantLinear.from_packed(PackedWeight.from_float(w, QuantScheme.parse(scheme), torch.bfloat16))
     return torch.no_grad()(layer)
-
-
-def apart(w: Tensor) -> Layer:
-    """Ours with x always quantized by a kernel of its own."""
-    packed = PackedWeight.from_float(w, QuantScheme.parse("w8a8"), torch.bfloat16)
-
-    def call(x: Tensor) -> object:
-        made = int8_fused.quantize_tokens(x)
-        return int8_hopper.product(made.q, packed.codes, Scaling(x.dtype, made.scale, packed.scale))
-
-    return call
-
-
-def within(w: Tensor) -> Layer:
-    """Ours with x always quantized by the prefill kernel, for more than 128 tokens."""
-    packed = PackedWeight.from_float(w, QuantScheme.parse("w8a8"), torch.bfloat16)
-    return lambda x: int8_prefill.prefill_quantizing(x, packed.codes, packed.scale, None)
 
 
 def raw(w: Tensor) -> Layer:
@@ -79,6 +70,31 @@ def int_mm(w: Tensor) -> Layer:
         if rows not in given:
             given[rows] = (torch.randn(rows, x.shape[1], device="cuda") * 30).clamp(-127, 127).to(torch.int8)
         return torch._int_mm(given[rows], q.T)
+
+    return call
+
+
+@triton.jit
+def _scale_sums(sums, row_scale, column_scale, y, columns, BLOCK: tl.constexpr):  # noqa: N803
+    row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live, start = at < columns, row.to(tl.int64) * columns
+    scale = tl.load(column_scale + at, mask=live) * tl.load(row_scale + row)
+    tl.store(y + start + at, (tl.load(sums + start + at, mask=live) * scale).to(tl.bfloat16), mask=live)
+
+
+def int_mm_layer(w: Tensor) -> Layer:
+    """torch._int_mm, which takes no fewer than 17 rows, between two kernels."""
+    packed = PackedWeight.from_float(w, QuantScheme.parse("w8a8"), torch.bfloat16)
+    column_scale = packed.scale.float().flatten()
+
+    def call(x: Tensor) -> object:
+        made = int8_fused.quantize_tokens(x)
+        q = torch.empty(32, x.shape[1], dtype=torch.int8, device=x.device) if len(x) < 32 else made.q
+        if len(x) < 32:
+            q[: len(x)] = made.q
+        sums, y = torch._int_mm(q, packed.codes.T), torch.empty(len(x), len(w), dtype=x.dtype, device=x.device)
+        _scale_sums[len(x), triton.cdiv(len(w), 1024)](sums, made.scale, column_scale, y, len(w), BLOCK=1024)
+        return y
 
     return call
 
@@ -134,12 +150,11 @@ def humming_layer(w: Tensor) -> Layer:
 
 PEERS: dict[str, tuple[Callable[[Tensor], Layer], int, str]] = {
     "lowbit w8a8": (ours, 1, "lowbit"),
-    "lowbit w8a8 (x quantized apart)": (apart, 1, "lowbit"),
-    "lowbit w8a8 (x quantized within)": (within, 1, "lowbit"),
     "lowbit w8a8 (raw)": (raw, 1, "lowbit"),
     "lowbit fp8": (partial(ours, scheme="fp8"), 1, "lowbit"),
     "bf16 cuBLAS": (lambda w: partial(linear, weight=w), 2, "torch"),
     "_int_mm (raw, int32 out)": (int_mm, 1, "torch"),
+    "_int_mm + epilogue": (int_mm_layer, 1, "torch"),
     "fp8 _scaled_mm rowwise (raw)": (fp8, 1, "torch"),
     "gemlite A8W8 dynamic": (gemlite_layer, 1, "gemlite"),
     "humming W8A8 dynamic": (humming_layer, 1, "humming"),
@@ -150,14 +165,6 @@ def weight(shape: str) -> Tensor:
     return torch.randn(*SHAPES[shape], device="cuda", dtype=torch.bfloat16) * 0.02
 
 
-def raise_clock() -> None:
-    """Some 10 ms of products: the clock falls while weights are built, and the first M would be up to 12% slow."""
-    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    for _ in range(60):
-        linear(a, a)
-    torch.cuda.synchronize()
-
-
 def warm(shapes: list[str], names: list[str], counts: list[int]) -> None:
     for shape in shapes:
         for name in names:
@@ -166,24 +173,42 @@ def warm(shapes: list[str], names: list[str], counts: list[int]) -> None:
                 layer(torch.randn(tokens, SHAPES[shape][1], device="cuda", dtype=torch.bfloat16))
 
 
+def take_turns(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str, float]:
+    """Median microseconds of a call; graphs: kernel -> (graph, its calls). A turn's first replay is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    order = list(graphs)
+    for turn in range(ROUNDS):
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            graph, calls = graphs[name]
+            more = max(1, min(20, int(TURN_US / replay_us(graph))))
+            times[name] += [replay_us(graph) / calls for _ in range(more)]
+    return {name: median(of) for name, of in times.items()}
+
+
 def measure(out: Path, shapes: list[str], names: list[str], counts: list[int], seconds: float) -> None:
     end = time.monotonic() + seconds
-    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "rows": []}
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "rows": [],
+    }
     found["not installed"] = [name for name, (_, _, package) in PEERS.items() if find_spec(package) is None]
     for shape in shapes:
-        for name in names:
-            build, bytes_each, _ = PEERS[name]
-            width, columns = SHAPES[shape]
-            count = min(8, copies_of(width * columns * bytes_each))
-            layers = [build(weight(shape)) for _ in range(count)]
-            raise_clock()
-            for tokens in counts:
-                if time.monotonic() > end:
-                    return
-                x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-                us = graph_us([partial(layer, x) for layer in layers], least_ms=4.0)
-                found["rows"].append({"shape": shape, "N": width, "K": columns, "M": tokens, "kernel": name, "us": us})
-            print(shape, name, *(f"{row['us']:.1f}" for row in found["rows"][-len(counts) :]), flush=True)
+        width, columns = SHAPES[shape]
+        copies = {name: min(8, copies_of(width * columns * PEERS[name][1])) for name in names}
+        layers = {name: [PEERS[name][0](weight(shape)) for _ in range(copies[name])] for name in names}
+        for tokens in counts:
+            if time.monotonic() > end:
+                return
+            x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+            graphs = {name: (capture([partial(layer, x) for layer in layers[name]]), copies[name]) for name in names}
+            taken = take_turns(graphs)
+            found["rows"] += [
+                {"shape": shape, "N": width, "K": columns, "M": tokens, "kernel": name, "us": us}
+                for name, us in taken.items()
+            ]
+            print(shape, tokens, *(f"{us:.1f}" for us in taken.values()), flush=True)
             out.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
 
 

@@ -139,6 +139,12 @@ template <int> void give_registers() {}
 // ---- numbers ----
 inline float __uint_as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
 inline u32 __float_as_uint(float f) { u32 bits; memcpy(&bits, &f, 4); return bits; }
+inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+    unsigned long long both = a | static_cast<unsigned long long>(b) << 32;
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<u32>(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+    return result;
+}
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline unsigned short half_bits(float value) { _Float16 h = static_cast<_Float16>(value); unsigned short bits; memcpy(&bits, &h, 2); return bits; }
 inline float half_value(unsigned short bits) { _Float16 h; memcpy(&h, &bits, 2); return static_cast<float>(h); }

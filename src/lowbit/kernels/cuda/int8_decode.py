@@ -1,5 +1,6 @@
 """The W8A8 product for few tokens on Hopper: how int8_wgmma_decode.cu is compiled, chosen and launched."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,25 +38,33 @@ class Decode:
 def choose(tokens: int, width: int, columns: int, processors: int) -> Decode:
     """The decode kernel for `tokens` tokens and w [width, columns], on a chip with so many multiprocessors.
 
-    Up to 64 tokens small blocks, some 200 of them: K is divided until there are as many. Where four and more stand on a
-    multiprocessor, as many stages as just let all run at once: with more some wait (gate_up at M=64: 35.4 us with 3,
-    41.5 with 4), with fewer they crowd (M=16: 32.5 with 5, 32.5 and 34.9 with 4 in two runs, 35.1 with 3). Above 64
-    tokens, blocks of 128 x 128 outputs, one a multiprocessor. Measured on H200
-    (bench/results/int8_decode_sweeps.json): 64 rows and 4 stages win or tie for every shape of Llama-3-8B; o (4096 x
-    4096) at M=1 takes 6.4 us divided by 4, 7.1 by 2, 8.9 undivided, 9.4 by 8.
+    Above 64 tokens blocks of 128 x 128 outputs, one a multiprocessor. Else K is divided until there are some 200 blocks
+    of 64 rows, of rows not too long 400 where a tile has 8 tokens (4096 x 4096 at M=1: 7.5 us divided by 8, 7.9 by 4).
     """
     tile = next((size for size in TOKEN_TILES if tokens <= size), TOKEN_TILES[-1])
     rows = 64 if tile <= 64 else 128
     blocks = -(-width // rows) * -(-tokens // tile)
-    enough = processors * 3 // 2 if tile < 64 else processors * 7 // 5 if tile == 64 else processors // 2 + 1
+    enough = {8: 3 if columns <= 16384 else 1.5, 64: 1.4, 128: 0.5}.get(tile, 1.5) * processors
     split = 1
     while split < 8 and blocks * split < enough and columns >= split * 4 * STEP:
         split *= 2
     if tile > 64:
         return Decode(tile, rows, 4 if blocks * split <= processors else 3, split)
-    most, needed = 6 if tile <= 8 else 4, -(-blocks * split // processors)  # blocks a multiprocessor
-    fitting = (_MULTIPROCESSOR_BYTES // needed - _SLACK - _BLOCK_BYTES) // ((rows + tile) * STEP)
-    return Decode(tile, rows, fitting if needed > 3 and fitting >= 3 else most, split)
+    return Decode(tile, rows, choose_stages(tile, blocks * split, columns // (split * STEP), processors), split)
+
+
+def choose_stages(tile: int, blocks: int, steps: int, processors: int) -> int:
+    """Stages of blocks of 64 rows that take so many steps each.
+
+    A multiprocessor shall have room for its share of the blocks and not for more: where a block is long, more on one
+    than on another cost more than they hide (8192 x 28672 at M=64: 71 us for two a multiprocessor, 83 where three fit).
+    Of short blocks a fifth more fit, so that those of the next kernel can ask for their weights early (4096 x 4096 at
+    M=16: 7.7 us where three fit for two, 11.5 where two do). bench/results/int8_decode_forms.json
+    """
+    is_long = steps >= 32
+    a_processor = math.ceil(blocks * (1 if is_long else 1.2) / processors)
+    fitting = (_MULTIPROCESSOR_BYTES // a_processor - _SLACK - _BLOCK_BYTES) // ((64 + tile) * STEP)
+    return min(fitting, 8 if is_long and tile > 8 else 6) if fitting >= 3 else 3 if tile == 64 else 4
 
 
 def decode(q: Tensor, codes: Tensor, scaling: Scaling | None = None, config: Decode | None = None) -> Tensor:

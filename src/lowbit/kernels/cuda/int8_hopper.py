@@ -8,10 +8,9 @@ from lowbit.kernels.cuda.int8_decode import decode
 from lowbit.kernels.cuda.int8_prefill import MOST_TOKENS, prefill
 from lowbit.kernels.int8 import Scaling
 
-# From 2048 tokens on a prefill that quantizes x itself is up to 6 % faster (bench/results/int8_peers.json: 4096 x 14336
-# at M=4096 326 us for 347, at 8192 646 for 685). It stays off until its bits were compared on a GPU (gives_the_bits in
-# tests/gpu/test_gpu_int8.py, and then 2048 here): so far the emulator has done so, and its forerunner on an H200.
-MANY_TOKENS = MOST_TOKENS + 1
+# From here on, and of rows longer than LONG_ROW from half as many, the prefill that quantizes x itself is faster
+# (bench/results/int8_quantize_within.json: 8192 x 28672 at M=1024 332 us for 353, but 4096 x 4096 35 for 30).
+MANY_TOKENS, LONG_ROW = 2048, 8192
 
 
 def refusal(q: Tensor) -> str | None:
@@ -28,8 +27,9 @@ def quantizes(x: Tensor, width: int) -> bool:
     """Whether `prefill_quantizing` should multiply x [M, K] by a weight of so many rows: many tokens, 16-bit floats in
     rows of whole 16 bytes.
     """
-    many = MANY_TOKENS <= x.shape[0] <= MOST_TOKENS and not suits_decode(x.shape[0], width, gpu_of(x.device).processors)
-    return many and takes_floats(x)
+    tokens, columns = x.shape
+    many = (MANY_TOKENS // 2 if columns > LONG_ROW else MANY_TOKENS) <= tokens <= MOST_TOKENS
+    return many and not suits_decode(tokens, width, gpu_of(x.device).processors) and takes_floats(x)
 
 
 def takes_floats(x: Tensor) -> bool:

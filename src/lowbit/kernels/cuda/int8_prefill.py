@@ -54,23 +54,23 @@ def prefill_quantizing(
     scaling = Scaling(x.dtype, torch.empty(tokens, dtype=torch.float32, device=x.device), w_scale, bias=bias)
     processors = gpu_of(x.device).processors
     tile_n = choose_columns(tokens, len(codes), processors)
-    group = rows_first or choose_first(-(-len(codes) // tile_n))
+    first, group = choose_order(-(-len(codes) // tile_n), processors)
     warps = 1 if columns <= 4096 else 2 if columns <= 8192 else 4
-    defines = (("GROUP", group), ("QUANTIZE", 1), ("TILE_N", tile_n), ("WARPS", warps))
+    defines = (("FIRST", rows_first or first), ("GROUP", group), ("QUANTIZE", 1), ("TILE_N", tile_n), ("WARPS", warps))
     counters = _counters(x.device).address(current_stream(x.device))
     more = "PiPP", x.data_ptr(), x.stride(0), q.data_ptr(), counters
     _launch_prefill(q, codes, scaling, out, defines, more)
     return out
 
 
-def choose_first(wide: int) -> int:
-    """Units of 256 rows to quantize before the first product, for so many tiles beside each other; the tiles of these
-    rows also come first.
+def choose_order(wide: int, processors: int) -> tuple[int, int]:
+    """(FIRST, GROUP) for so many tiles beside each other: units of 256 rows that are quantized, and multiplied, before
+    the others, and how many follow at a time.
 
-    4: as few as fill the chip, where that are at least 16 tiles. Of wide weights 8, or they would be read too often
-    (28672 x 4096 at M=4096: 628 us for 634; 4096 x 14336: 338 for 328).
+    First as few as give each pair of processors a tile; then 4, or 8 of wide weights, which would be read too often.
     """
-    return 4 if wide <= 32 else 8
+    first = next(first for first in range(1, 9) if first == 8 or first * wide >= 0.95 * (processors // 2))
+    return first, 4 if wide <= 32 else 8
 
 
 class _Counters:

@@ -2,7 +2,7 @@
 //
 //     x [M, K] float16 or bfloat16 -> q int8 [M, K], scale float32 [M]               int8_codes.cuh
 //
-//     first rows     all warps of all blocks, before the first tile: those of the first GROUP clusters of rows
+//     first rows     all warps of all blocks, before the first tile: those of the first FIRST clusters of rows
 //     the others     three warps of each block, which have nothing else to do, while the tensor cores multiply
 //
 // Rows are taken by number from a counter, so that blocks that have not started yet keep nobody waiting: two products may
@@ -26,11 +26,9 @@ struct Rows {
     float* scale;
     unsigned* counters;
 
-    // Tell that row m is written. By one thread of those that wrote it, after a barrier among them.
-    __device__ __forceinline__ void count(int m) const {
-        __threadfence();
-        add_one(counters + READY + m / 128);
-    }
+    // Tell that row m is written. By one thread of those that wrote it, after a barrier among them: what they wrote is
+    // released with it.
+    __device__ __forceinline__ void count(int m) const { add_one(counters + READY + m / 128); }
     // Until the 128 rows from m on are ready for the copy engine.
     __device__ __forceinline__ void wait(int m) const {
         unsigned wanted = min(128, M - m);
@@ -77,23 +75,24 @@ __device__ __forceinline__ void quantize_row(const Rows& rows, int m, int thread
     if (thread == 0) rows.count(m);
 }
 
-// By all threads of a block: rows below `first_rows`, up to a row a team at once.
+// By all threads of a block: rows below `first_rows`, each team for itself. A block has no more teams at work than it takes
+// for all blocks to have one row each.
 __device__ __forceinline__ void quantize_first_rows(const Rows& rows, int first_rows) {
-    struct Board { unsigned taken, tops[12]; };
+    struct Board { unsigned taken[TEAMS], tops[12]; };
     SHARED(Board, board);
-    int batch = min(TEAMS, (first_rows + (int)gridDim.x - 1) / (int)gridDim.x);
-    int team = threadIdx.x / TEAM;
-    unsigned next = 0;
-    if (threadIdx.x == 0) next = atomicAdd(&rows.counters[0], batch);
+    int team = threadIdx.x / TEAM, thread = threadIdx.x % TEAM;
+    if (team > (first_rows - 1) / (int)gridDim.x) return;
+    unsigned next = thread == 0 ? atomicAdd(&rows.counters[0], 1) : 0;
     while (true) {
-        if (threadIdx.x == 0) board.taken = next;
-        __syncthreads();
-        int m = board.taken;
+        int m = __shfl_sync(0xffffffffu, next, 0);
+        if (WARPS > 1) {
+            if (thread == 0) board.taken[team] = m;
+            named_barrier(3 + team, TEAM);
+            m = board.taken[team];
+        }
         if (m >= first_rows) return;
-        if (threadIdx.x == 0) next = atomicAdd(&rows.counters[0], batch);  // asked for early: it takes a while
-        m += team;
-        if (team < batch && m < first_rows) quantize_row(rows, m, threadIdx.x % TEAM, 3 + team, board.tops + team * WARPS);
-        __syncthreads();
+        if (thread == 0) next = atomicAdd(&rows.counters[0], 1);  // asked for early: it takes a while
+        quantize_row(rows, m, thread, 3 + team, board.tops + team * WARPS);
     }
 }
 
@@ -101,10 +100,11 @@ __device__ __forceinline__ void quantize_first_rows(const Rows& rows, int first_
 __device__ __forceinline__ void quantize_other_rows(const Rows& rows, int first_rows) {
     constexpr int AT_ONCE = 8;
     int lane = threadIdx.x % 32, chunks = rows.K / CHUNK;
+    unsigned next = lane == 0 ? atomicAdd(&rows.counters[1], 1) : 0;
     while (true) {
-        int m = lane == 0 ? first_rows + (int)atomicAdd(&rows.counters[1], 1) : 0;
-        m = __shfl_sync(0xffffffffu, m, 0);
+        int m = first_rows + (int)__shfl_sync(0xffffffffu, next, 0);
         if (m >= rows.M) return;
+        if (lane == 0) next = atomicAdd(&rows.counters[1], 1);
         const unsigned short* x = rows.x + (size_t)m * rows.x_row;
         signed char* q = rows.q + (size_t)m * rows.K;
         uint4 chunk[AT_ONCE];
