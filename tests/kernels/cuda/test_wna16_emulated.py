@@ -109,17 +109,6 @@ WGMMA = (
 )
 
 
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize(("workers", "spread"), [(1, False), (3, False), (4, True)])
-def test_two_blocks_of_wgmma_may_share_x(
-    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, workers: int, spread: bool, eager: bool
-) -> None:
-    emulate(900, eager)
-    monkeypatch.setattr(wna16_wgmma, "tiles_of", lambda form, tokens: (wna16_wgmma.Tile(16, 4, 3, 1, cluster=2),))
-    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [(workers, spread)])
-    check(wna16_wgmma._linear, "w4a16-g64-asym", (20, 880, 1024), BFLOAT)
-
-
 @pytest.mark.parametrize(("eager", "workers", "scheme", "shape", "dtype"), WGMMA)
 def test_wgmma_computes_the_product(
     emulate: Emulate, monkeypatch: pytest.MonkeyPatch, eager: bool, workers: int, scheme: str,
