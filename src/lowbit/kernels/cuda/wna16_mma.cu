@@ -63,30 +63,30 @@ struct Work {
 
 // A warp's place in its runs, round by round.
 struct Cursor {
+    const u8* from;  // the records of the unit's strips there; they lie side by side, of a last unit past the end in the padding
     int round, left, local, record;  // left: records to go in this run; local: unit; record: of K
 
-    DEVICE void start(const Work& work, int warp, int first_round) {
-        left = 0;
+    DEVICE void start(const u8* records, const Work& work, int warp, int first_round) {
+        left = local = record = 0;
         for (round = first_round; round < work.rounds; ++round) {
             int total = work.in_round(round), index = total * warp / WARPS;
             left = total * (warp + 1) / WARPS - index;
             local = round * work.per_round + index / work.length(), record = work.begin + index % work.length();
             if (left) break;
         }
+        find(records, work);
     }
-    DEVICE bool step(const Work& work) {  // to the next record of the run; true where that is in another unit
-        --left;
-        bool crossed = ++record == work.end;
-        if (crossed) record = work.begin, ++local;
+    DEVICE void find(const u8* records, const Work& work) {
+        const int strip = (work.first + local * work.stride) * ROW_TILES;
+        from = records + record_index(strip, record, work.records) * RECORD_BYTES;
+    }
+    DEVICE bool step(const u8* records, const Work& work) {  // to the next record; true where that is in another unit
+        --left, ++record, from += UNIT_STRIPS * RECORD_BYTES;
+        const bool crossed = record == work.end;
+        if (crossed) record = work.begin, ++local, find(records, work);
         return crossed;
     }
 };
-
-// the records of a unit's strips lie side by side; of a last unit past the end, in the padding
-DEVICE const u8* record_at(const u8* records, const Work& work, int local, int record) {
-    const int strip = (work.first + local * work.stride) * ROW_TILES;
-    return records + record_index(strip, record, work.records) * RECORD_BYTES;
-}
 
 // The warp's ring of steps. `wait` waits for the oldest step; `refill` hands its place to the step STAGES ahead.
 struct Ring {
@@ -99,10 +99,10 @@ struct Ring {
     u64 policy;
 #endif
 
-    DEVICE void start(const u8* weight, const Work& work, int warp_, int lane_, int prefetch) {
+    DEVICE void start(const u8* weight, const Work& work, int warp_, int lane_) {
         records = weight, warp = warp_, lane = lane_, slot = 0;
         slots = ring_of(warp);
-        ahead.start(work, warp, 0);
+        ahead.start(records, work, warp, 0);
 #if __CUDA_ARCH__ >= 900
         barriers = shared_address(barriers_of_block()) + 8 * STAGES * warp, parity = 0, policy = evict_first_policy();
         if (lane == 0) {
@@ -114,32 +114,23 @@ struct Ring {
 #if __CUDA_ARCH__ >= 800
         for (int i = 0; i < STAGES; ++i) fill(work, i);
 #endif
-#if __CUDA_ARCH__ >= 900
-        Cursor beyond = ahead;  // to the L2, while this waits for the kernel before
-        for (; lane == 0 && prefetch > 0 && beyond.left; --prefetch) {
-            prefetch_to_l2(record_at(records, work, beyond.local, beyond.record), STEP_BYTES);
-            beyond.step(work);
-        }
-#endif
     }
 
     DEVICE void fill(const Work& work, int into) {
 #if __CUDA_ARCH__ >= 900
         if (lane == 0 && ahead.left) {
             barrier_expect(barriers + 8 * into, STEP_BYTES);
-            bulk_copy(shared_address(slots + into * STEP_BYTES), record_at(records, work, ahead.local, ahead.record),
-                      STEP_BYTES, barriers + 8 * into, policy);
+            bulk_copy(shared_address(slots + into * STEP_BYTES), ahead.from, STEP_BYTES, barriers + 8 * into, policy);
         }
 #elif __CUDA_ARCH__ >= 800
         if (ahead.left) {
-            const u8* from = record_at(records, work, ahead.local, ahead.record);
             u32 to = shared_address(slots + into * STEP_BYTES);
-            for (int byte = 16 * lane; byte < STEP_BYTES; byte += 512) copy_16(to + byte, from + byte);
+            for (int byte = 16 * lane; byte < STEP_BYTES; byte += 512) copy_16(to + byte, ahead.from + byte);
         }
         copies_commit();
 #endif
-        if (ahead.left) ahead.step(work);
-        if (!ahead.left && ahead.round < work.rounds) ahead.start(work, warp, ahead.round + 1);
+        if (ahead.left) ahead.step(records, work);
+        if (!ahead.left && ahead.round + 1 < work.rounds) ahead.start(records, work, warp, ahead.round + 1);
     }
 
     DEVICE void wait() {
@@ -151,11 +142,11 @@ struct Ring {
 #endif
     }
 
-    DEVICE const u8* tile(const Work& work, const Cursor& at, int tile) const {
+    DEVICE const u8* tile(const Cursor& at, int tile) const {
 #if __CUDA_ARCH__ >= 800
         return slots + slot * STEP_BYTES + tile * RECORD_BYTES;
 #else
-        return record_at(records, work, at.local, at.record) + tile * RECORD_BYTES;
+        return at.from + tile * RECORD_BYTES;
 #endif
     }
 
@@ -190,31 +181,43 @@ DEVICE uint4 eight_of_x(const u16* row, const int* order, int k, int K, bool vec
                       single[6] | single[7] << 16);
 }
 
+// where in the block's slice of x a thread loads: 16 bytes of each chunk of a token; no division, which costs 0.1 us here
+struct Chunk {
+    int token, first;  // column
+
+    DEVICE int column() const { return first + 8 * threadIdx.x; }
+    DEVICE void next(int columns) {
+        first += 8 * THREADS;
+        if (first >= columns) first = 0, ++token;
+    }
+};
+
 // `tokens` rows of x, columns of the block's slice, to shared memory [token][pitch], past K zeros; and the sum of each
 // group, [group][TOKENS] floats. order: x[:, order[k]]. BATCH loads are in flight at once: one by one, each token took
 // 0.4 us more (H200, K = 4096).
 DEVICE void load_x(const u16* x, const int* order, int tokens, int K, const Work& work, int pitch, float* x_sums) {
     constexpr int BATCH = 4;
     u16* xs = reinterpret_cast<u16*>(x_of_block());
-    const int per_token = work.length() * (RECORD_K / 8), start = work.begin * RECORD_K, count = tokens * per_token;
+    const int columns = work.length() * RECORD_K, start = work.begin * RECORD_K;
     const bool vectors = order == nullptr && K % 8 == 0 && (reinterpret_cast<size_t>(x) & 15) == 0;
-    for (int base = 0; base < count; base += BATCH * THREADS) {
+    for (Chunk load = {}, store = {}; store.token < tokens;) {
         uint4 v[BATCH];
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            int at = base + i * THREADS + threadIdx.x, token = at / per_token, column = 8 * (at - token * per_token);
+        for (int i = 0; i < BATCH; ++i, load.next(columns)) {
             v[i] = make_uint4(0, 0, 0, 0);
-            if (at < count) v[i] = eight_of_x(x + static_cast<size_t>(token) * K, order, start + column, K, vectors);
+            if (load.token < tokens && load.column() < columns)
+                v[i] = eight_of_x(x + static_cast<size_t>(load.token) * K, order, start + load.column(), K, vectors);
         }
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            int at = base + i * THREADS + threadIdx.x, token = at / per_token, column = 8 * (at - token * per_token);
-            if (at < count) *reinterpret_cast<uint4*>(xs + token * pitch + column) = v[i];
+        for (int i = 0; i < BATCH; ++i, store.next(columns)) {
+            if (store.token >= tokens) continue;
+            const int token = store.token, column = store.column();
+            if (column < columns) *reinterpret_cast<uint4*>(xs + token * pitch + column) = v[i];
             if constexpr (HAS_OFFSET) {
                 float total = sum_of_eight(v[i]);
 #pragma unroll
                 for (int other = 1; other < GROUP / 8; other *= 2) total += __shfl_xor_sync(~0u, total, other);
-                if (at < count && column % GROUP == 0) x_sums[column / GROUP * TOKENS + token] = total;
+                if (column < columns && column % GROUP == 0) x_sums[column / GROUP * TOKENS + token] = total;
             }
         }
     }
@@ -306,7 +309,8 @@ DEVICE void deposit(Sums& acc, float* slot, int tokens, int lane) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 wna16_mma(const u8* records, const u16* x, const int* order, const u16* levels, const float* factor, const u16* bias,
-          u16* y, float* partial, int M, int N, int K, int splits, int per_round, int steps_left, int prefetch) {
+          u16* y, float* partial, int M, int N, int K, int splits, int per_round) {
+    let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, split = blockIdx.x % splits;
     Work work;
     const int strips = (N + STRIP - 1) / STRIP;
@@ -316,8 +320,7 @@ wna16_mma(const u8* records, const u16* x, const int* order, const u16* levels, 
     work.begin = split * work.records / splits, work.end = (split + 1) * work.records / splits;
     work.per_round = per_round, work.rounds = (work.count + per_round - 1) / per_round;
     Ring ring;
-    ring.start(records, work, warp, lane, prefetch);
-    if (work.in_round(0) <= steps_left * WARPS) let_next_kernel_start();
+    ring.start(records, work, warp, lane);
     if constexpr (IS_LUT) build_table(levels);
     const float unit_scale = *factor;  // here, not where it is used: 0.7 us from memory
 
@@ -342,20 +345,19 @@ wna16_mma(const u8* records, const u16* x, const int* order, const u16* levels, 
         const int base = round * per_round, total = work.in_round(round), units = total / work.length();
         Sums acc = {};
         Cursor at;
-        at.start(work, warp, round);
+        at.start(records, work, warp, round);
         if (at.round == round) {
             while (true) {
-                if (at.left == steps_left) let_next_kernel_start();
                 ring.wait();
                 const u8* record[ROW_TILES];
 #pragma unroll
-                for (int tile = 0; tile < ROW_TILES; ++tile) record[tile] = ring.tile(work, at, tile);
+                for (int tile = 0; tile < ROW_TILES; ++tile) record[tile] = ring.tile(at, tile);
                 int column = at.record - work.begin;
                 multiply(acc, record, x_address + column * RECORD_K * 2, tile_pitch, x_sums + column * GROUPS * TOKENS,
                          lane, magic, table);
                 ring.refill(work);
                 int local = at.local;
-                if (at.step(work) || !at.left) deposit(acc, slots + (local - base + warp) * slot_words, tokens, lane);
+                if (at.step(records, work) || !at.left) deposit(acc, slots + (local - base + warp) * slot_words, tokens, lane);
                 if (!at.left) break;
             }
         }

@@ -17,7 +17,7 @@ from lowbit.kernels.cuda.wna16_plans import measured_plan
 from lowbit.kernels.layout import FastForm, FastWeight, form_refusal
 from lowbit.tensors import PackedWeight
 
-_PARAMETERS = "PPPPPPPPiiiiiii"
+_PARAMETERS = "PPPPPPPPiiiii"
 _RESERVED_SHARED = 1024  # of every block, taken by the system on sm_90
 _TABLE_BYTES = 32 * 1024  # of wna16_record.cuh, at the shared address of its size
 _X_BYTES = 144 * 1024  # of x in one block's shared memory; more, and the blocks split K
@@ -63,8 +63,6 @@ class Plan:
     splits: int
     per_round: int
     cluster: int
-    steps_left: int = 1 << 20
-    prefetch: int = 0
 
 
 def refusal(x: Tensor, weight: PackedWeight) -> str | None:
@@ -90,7 +88,7 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
     levels = weight.levels[x.dtype].data_ptr() if weight.levels is not None else 0
     tensors = (weight.records.data_ptr(), x.data_ptr(), 0, levels, weight.factor.data_ptr())
     results = (_pointer(bias), y.data_ptr(), _pointer(partial))
-    arguments = (*tensors, *results, tokens, rows, columns, plan.splits, plan.per_round, plan.steps_left, plan.prefetch)
+    arguments = (*tensors, *results, tokens, rows, columns, plan.splits, plan.per_round)
     overlaps, stream = gpu_of(x.device).overlaps_launches, current_stream(x.device)
     plan.kernel.launch(plan.grid, plan.block, arguments, plan.shared_bytes, stream, overlaps, plan.cluster)
     if partial is not None:
@@ -146,7 +144,9 @@ def plan_for(
     kernel = load_kernel(
         "wna16_mma.cu", "wna16_mma", _PARAMETERS, device, mma_defines(form, dtype, tile), gpu.shared_bytes
     )
-    workers = min(units, max(1, gpu.processors // splits))
+    workers = max(1, gpu.processors // splits)
+    if tile.blocks == 1 or 2 * units < workers:  # else all: two blocks of the next launch would share an empty place
+        workers = min(units, workers)
     per_round = min(-(-units // workers), slots - tile.warps)
     shared = fixed + x_bytes + (per_round + tile.warps) * slot_bytes
     block, cluster = (32 * tile.warps, 1, 1), splits if clusters and splits <= _MOST_IN_CLUSTER else 1
