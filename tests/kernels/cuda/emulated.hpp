@@ -355,9 +355,9 @@ inline void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrie
     if (eager) copy();
     else counted->copies.push_back(copy);
 }
+inline u32 count_up(u32 address) { return ++*reinterpret_cast<u32*>(at_address(address)); }
 inline u64 evict_first_policy() { return 0; }
 inline u64 evict_last_policy() { return 0; }
-inline void prefetch_to_l2(const void*, u32) {}
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
     if (to % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a bulk copy not in units of 16 bytes");
     u8* target = at_address(to);

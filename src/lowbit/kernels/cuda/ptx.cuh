@@ -195,6 +195,13 @@ DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// one more at a shared address, and how many there are then; whoever reads the number has no claim on other writes
+DEVICE u32 count_up(u32 address) {
+    u32 before;
+    asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(address) : "memory");
+    return before + 1;
+}
+
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n.reg .pred done;\nAGAIN:\n"
@@ -219,11 +226,6 @@ DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64 poli
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
-}
-
-// bytes (a multiple of 16) to the second-level cache
-DEVICE void prefetch_to_l2(const void* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 #endif
 

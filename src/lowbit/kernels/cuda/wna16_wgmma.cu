@@ -6,8 +6,8 @@
 //              K ──────────────────►              a stage, brought by the copy engine: the unit's records of 128
 //        ┌────────┬────────┬────────┐              columns, which lie together in memory, and 128 columns of x
 //   64   │ wg0  ─ 4 warps x 16 rows  │              [TOKENS][K] as two tiles of 64 (128 bytes a row, swizzled by the
-//   rows ├──────────────────────────┤              row). Barriers `full` and `empty` let a warp run ahead of another
-//   64   │ wg1                       │              by some stages; the warps ask for the next one in turn
+//   rows ├──────────────────────────┤              row). A warp may run ahead of another by all stages but one: whoever
+//   64   │ wg1                       │              leaves a step last asks for the one that takes its place
 //        └──────────────────────────┘
 //
 // The first records come before the kernel before has ended. While the tensor cores work on one batch of steps, a warp
@@ -19,10 +19,9 @@
 constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS, UNIT_ROWS = 16 * WARPS;
 constexpr int X_TILE = TOKENS * 128, X_STAGE = 2 * X_TILE;  // bytes
 constexpr int RECORDS_STAGE = WARPS * RECORD_BYTES, RECORDS_AT = STAGES * X_STAGE;
-constexpr int FULL_AT = (RECORDS_AT + STAGES * RECORDS_STAGE + 127) / 128 * 128, EMPTY_AT = FULL_AT + STAGES * 8;
-constexpr int PIECES_AT = (EMPTY_AT + STAGES * 8 + 127) / 128 * 128, MOST_PIECES = 96;
+constexpr int FULL_AT = (RECORDS_AT + STAGES * RECORDS_STAGE + 127) / 128 * 128, COUNTS_AT = FULL_AT + STAGES * 8;
+constexpr int PIECES_AT = (COUNTS_AT + STAGES * 4 + 127) / 128 * 128, MOST_PIECES = 96;
 constexpr int TABLE_AT = (PIECES_AT + MOST_PIECES * 20 + 127) / 128 * 128;
-constexpr int AHEAD = STAGES - 2;  // a stage is asked for so many steps before it is multiplied
 // steps of 16 columns at a time. 4: ptxas does not end; 2 where 64 registers are all: it lets every wgmma wait for itself
 constexpr int HALF_STEPS = 4, BATCH = THREADS * BLOCKS >= 1024 && TOKENS > 8 ? 1 : 2, BATCHES = HALF_STEPS / BATCH;
 constexpr bool SCALED_SUMS = SCALED && GROUP_STEPS % BATCH == 0;
@@ -67,15 +66,13 @@ struct Outputs {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* levels, const float* factor, const u16* bias, u16* y,
-            float4* partial, int M, int N, int K, int waves, int token_tiles, int parts, int steps_left) {
+            float4* partial, int M, int N, int K, int waves, int token_tiles, int parts) {
+    let_next_kernel_start();
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4;
     const int strips = (N + STRIP - 1) / STRIP, per_strip = (K + RECORD_K - 1) / RECORD_K;
     const int tiles = (N + UNIT_ROWS - 1) / UNIT_ROWS * token_tiles;
     const int workers = gridDim.x - parts, worker = blockIdx.x;
     const Schedule schedule = {static_cast<u32>(workers), per_strip, tiles - waves * workers, token_tiles};
-    const int shared_steps = worker < workers ? schedule.first_of(worker + 1) - schedule.first_of(worker) : 0;
-    const int total = worker < workers ? shared_steps + waves * per_strip : 0;
-    if (total <= steps_left) let_next_kernel_start();
     if (threadIdx.x == 0) prefetch_map(&x);
     Piece* pieces = reinterpret_cast<Piece*>(shared + PIECES_AT);
     if (threadIdx.x < MOST_PIECES) pieces[threadIdx.x] = schedule.piece(worker, threadIdx.x, waves);
@@ -106,13 +103,13 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(base + FULL_AT + 8 * i, 1);
-            barrier_init(base + EMPTY_AT + 8 * i, WARPS);
+            reinterpret_cast<u32*>(shared + COUNTS_AT)[i] = 0;
         }
         barrier_init_fence();
     }
     __syncthreads();
     const Step first_step = step_at(lane, 0);
-    const bool starts = warp == 0 && lane < AHEAD && first_step.exists;  // a lane for each of the first steps
+    const bool starts = warp == 0 && lane < STAGES && first_step.exists;  // a lane for each of the first steps
     if (starts) fetch_records(first_step, lane);
     if constexpr (IS_LUT) {  // one byte -> two levels, a copy for each lane
         for (int i = threadIdx.x; i < TABLE_WORDS; i += THREADS)
@@ -134,15 +131,6 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
         const int end = position + pieces[index].left;
         for (; position < end; ++position) {
             const u32 full = base + FULL_AT + stage * 8, before = stage > 0 ? stage - 1 : STAGES - 1;
-            if (warp == position % WARPS && lane == 0) {
-                if (total - position == steps_left) let_next_kernel_start();
-                const u32 next = stage < 2 ? stage + AHEAD : stage - 2;
-                if (const Step step = step_at(position + AHEAD, index); step.exists) {
-                    if (position >= 2) barrier_wait(base + EMPTY_AT + next * 8, stage < 2 ? parity ^ 1 : parity);
-                    fetch_records(step, next);
-                    fetch_x(step, next);
-                }
-            }
             const u8* record = shared + RECORDS_AT + stage * RECORDS_STAGE + warp * RECORD_BYTES;
             const u64 x_at = descriptor(uniform(x_tiles + stage * (X_STAGE / 16)));
             GroupPairs pairs;
@@ -153,7 +141,8 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
                 u32(&operands)[BATCH][4] = a[batch % 2];
                 if (batch % BATCHES == 0) load_codes(words, record, batch / BATCHES, lane);
                 wgmma_wait<1>();  // of the batch before the last, whose registers these are
-                if (batch == 1 && position > 0 && lane == 0) barrier_arrive(base + EMPTY_AT + before * 8);
+                u32 gone = 0;  // warps that have done with the step before
+                if (batch == 1 && position > 0 && lane == 0) gone = count_up(base + COUNTS_AT + before * 4);
 #pragma unroll
                 for (int at = 0; at < BATCH; ++at) {
                     int step = batch * BATCH + at;
@@ -176,6 +165,11 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
                     else wgmma<true>(of_group, operands[at], b);
                 }
                 wgmma_commit();
+                if (gone != 0 && gone % WARPS == 0)  // the last one asks for the step that takes its place
+                    if (const Step step = step_at(position - 1 + STAGES, index); step.exists) {
+                        fetch_records(step, before);
+                        fetch_x(step, before);
+                    }
             }
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
@@ -202,9 +196,10 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
     if (parts > 0 && worker >= parts) {  // a share of the tile before
         const int tile = worker / parts - 1, share = worker % parts, first = tile * parts;
         const int unit = tile / token_tiles, first_token = tile % token_tiles * TOKENS;
-        for (int i = WARPS * OCTETS * share / parts + warp; i < WARPS * OCTETS * (share + 1) / parts; i += WARPS) {
+        const int begin = WARPS * OCTETS * share / parts + warp, end = WARPS * OCTETS * (share + 1) / parts;
+        for (int i = begin; i < end; i += WARPS) await(partial, first, parts, i / OCTETS, i % OCTETS, lane);
+        for (int i = begin; i < end; i += WARPS) {
             const int strip = i / OCTETS, octet = i % OCTETS;
-            await(partial, first, parts, strip, octet, lane);
             const float4 sums = added_up(partial, first, parts, strip, octet, lane);
             outputs.store(sums, (unit * WARPS + strip) * STRIP, first_token + 8 * octet, lane);
             lower(partial, first, parts, strip, octet, lane);

@@ -20,7 +20,7 @@ from lowbit.kernels.layout import FastForm, FastWeight, form_refusal
 from lowbit.tensors import PackedWeight
 
 _LEAST_STAGES = 3
-_PARAMETERS = "P128sPPPPPiiiiiii"
+_PARAMETERS = "P128sPPPPPiiiiii"
 _TABLE_BYTES = 32 * 1024
 _SHARED_BYTES = 228 * 1024  # of a multiprocessor of sm_90; the system takes 1 KB a block
 _MOST_PIECES, _PIECES_BYTES = 96, 1920  # of tiles in one block; a list of them lies in shared memory
@@ -50,7 +50,7 @@ class Tile:
 
     def shared_bytes(self, form: FastForm) -> int:
         """Shared memory as wna16_wgmma.cu lays it out: stages, barriers, pieces, table."""
-        barriers = _aligned(16 * self.stages) + _PIECES_BYTES
+        barriers = _aligned(12 * self.stages) + _PIECES_BYTES
         return _aligned(self.stages * self.stage_bytes(form)) + barriers + _table_bytes(form)
 
 
@@ -81,7 +81,6 @@ class Plan:
     token_tiles: int
     parts: int
     partial_bytes: int
-    steps_left: int = 1 << 20
 
 
 def _aligned(size: int) -> int:
@@ -120,7 +119,7 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
     partial = x.new_empty(plan.partial_bytes, dtype=torch.uint8) if plan.partial_bytes else None
     tensors = (weight.records.data_ptr(), x_map, levels, weight.factor.data_ptr())
     results = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 0 if partial is None else partial.data_ptr())
-    arguments = (*tensors, *results, tokens, rows, columns, plan.waves, plan.token_tiles, plan.parts, plan.steps_left)
+    arguments = (*tensors, *results, tokens, rows, columns, plan.waves, plan.token_tiles, plan.parts)
     overlaps, stream = gpu_of(x.device).overlaps_launches, current_stream(x.device)
     grid, block = (plan.workers, 1, 1), (128 * plan.tile.warpgroups, 1, 1)
     plan.kernel.launch(grid, block, arguments, plan.shared_bytes, stream, overlaps)
@@ -145,10 +144,9 @@ def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dt
 def _known(form: FastForm, shape: tuple[int, int], tokens: int, processors: int) -> tuple[Tile, int, bool] | None:
     """(tile, workers, spread) that was measured for these codes, else for int4, or None."""
     size = tokens_of_tile(tokens)
-    if tokens > size:
-        return None
+    of_tiles = -(-tokens // size) * size
     for codes in (form.codes, "int4"):
-        if row := measured_plan("wgmma", processors, codes, shape, size):
+        if row := measured_plan("wgmma", processors, codes, shape, of_tiles):
             scales_sums = row["scales_sums"] if codes == form.codes else scales_sums_of(form, size)
             tile = tile_for(form, size, row["warpgroups"], row["blocks"], scales_sums)
             if tile.stages >= _LEAST_STAGES:
