@@ -67,7 +67,7 @@ def mma_plans(x: Tensor, form: FastForm, size: tuple[int, int]) -> Plans:
     for numbers in MMA_TILES:
         tile = wna16_mma.Tile(*numbers)
         share = gpu_of(x.device).shared_bytes // tile.blocks - 1024
-        if tile.fixed_bytes(form, 9) < share - 24 * 1024:
+        if tile.fixed_bytes(form, 9) < share - 8 * 1024:
             yield asdict(tile), wna16_mma.plan_for(tile, form, strips, x.shape[0], x.dtype, x.device)
 
 

@@ -42,7 +42,8 @@ class Tile:
         if form.codes != "lut":
             return ring * self.warps + barriers
         front = min(self.warps, (_TABLE_BYTES - _RESERVED_SHARED) // ring) if ring else 0
-        return 2 * _TABLE_BYTES + ring * (self.warps - front) + barriers
+        start = _RESERVED_SHARED if major >= 9 else 0  # dynamic shared memory begins behind it
+        return 2 * _TABLE_BYTES - start + ring * (self.warps - front) + barriers
 
     def x_and_slot_bytes(self, form: FastForm, records: int, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
         """Shared bytes of x with its sums, for a slice of so many records, and of one slot of sums."""

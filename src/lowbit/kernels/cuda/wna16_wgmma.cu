@@ -141,8 +141,8 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
                 u32(&operands)[BATCH][4] = a[batch % 2];
                 if (batch % BATCHES == 0) load_codes(words, record, batch / BATCHES, lane);
                 wgmma_wait<1>();  // of the batch before the last, whose registers these are
-                u32 gone = 0;  // warps that have done with the step before
-                if (batch == 1 && position > 0 && lane == 0) gone = count_up(base + COUNTS_AT + before * 4);
+                bool is_last = false;  // of the warps to have done with the step before
+                if (batch == 1 && position > 0 && lane == 0) is_last = count_to<WARPS>(base + COUNTS_AT + before * 4);
 #pragma unroll
                 for (int at = 0; at < BATCH; ++at) {
                     int step = batch * BATCH + at;
@@ -165,7 +165,7 @@ wna16_wgmma(const u8* records, const __grid_constant__ TensorMap x, const u16* l
                     else wgmma<true>(of_group, operands[at], b);
                 }
                 wgmma_commit();
-                if (gone != 0 && gone % WARPS == 0)  // the last one asks for the step that takes its place
+                if (is_last)  // it asks for the step that takes its place
                     if (const Step step = step_at(position - 1 + STAGES, index); step.exists) {
                         fetch_records(step, before);
                         fetch_x(step, before);
