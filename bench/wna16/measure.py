@@ -62,8 +62,7 @@ def main() -> None:
     wanted = [group for at in range(0, len(groups), 4) for group in product(*parts_of(groups[at : at + 4]))]
     for shape, scheme, tokens, names in wanted:
         peers.PEERS = tuple(peer for peer in known if peer.name in names)
-        ours = KERNELS if shape.startswith("8B") else KERNELS[:2]
-        for row in bench.rows_for(shape, scheme, tokens, ceilings, True, ours):
+        for row in bench.rows_for(shape, scheme, tokens, ceilings, True, KERNELS):
             rows.append(row)
             error = f" error {row.error:.1e} cold {row.cold_us:.1f}" if row.error is not None else ""
             print(f"{shape} {scheme} M={row.M} {row.kernel}: {row.us:.1f} us {row.gbps:.0f} GB/s{error}", flush=True)

@@ -355,12 +355,6 @@ inline void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrie
     if (eager) copy();
     else counted->copies.push_back(copy);
 }
-template <u32 COUNT>
-inline bool count_to(u32 address) {
-    u32& count = *reinterpret_cast<u32*>(at_address(address));
-    count = (count + 1) % COUNT;
-    return count == 0;
-}
 inline u64 evict_first_policy() { return 0; }
 inline u64 evict_last_policy() { return 0; }
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64) {

@@ -195,16 +195,6 @@ DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// one more at a shared address; whether they are COUNT now, which makes it zero again. Orders no other reads or writes.
-// An addition would be made a warp's, by 15 instructions more
-template <u32 COUNT>
-DEVICE bool count_to(u32 address) {
-    u32 before;
-    asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], %2;"
-                 : "=r"(before) : "r"(address), "n"(COUNT - 1) : "memory");
-    return before == COUNT - 1;
-}
-
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n.reg .pred done;\nAGAIN:\n"

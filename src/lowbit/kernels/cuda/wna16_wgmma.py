@@ -50,7 +50,7 @@ class Tile:
 
     def shared_bytes(self, form: FastForm) -> int:
         """Shared memory as wna16_wgmma.cu lays it out: stages, barriers, pieces, table."""
-        barriers = _aligned(12 * self.stages) + _PIECES_BYTES
+        barriers = _aligned(16 * self.stages) + _PIECES_BYTES
         return _aligned(self.stages * self.stage_bytes(form)) + barriers + _table_bytes(form)
 
 
