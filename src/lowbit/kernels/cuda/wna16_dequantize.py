@@ -14,8 +14,8 @@ from lowbit.tensors import PackedWeight
 
 _WARPS = 8
 # Of a dequantized part of the weight, at most; a power of two of rows, for others leave multiprocessors idle in torch's
-# product. gate_up at 4096 tokens on an H200: 1329 us in parts of 64 MB, 1402 whole, 1390 in parts of 16 MB, 1412 in four
-# parts of 7168 rows; a second stream that dequantizes beside the product made it 1477
+# product. gate_up at 4096 tokens on an H200: 1329 us in parts of 64 MB, 1402 whole, 1390 in parts of 16 MB, 1412 in
+# four of 7168 rows; a second stream that dequantizes beside the product made it 1477
 _PART_BYTES = 1 << 26
 
 
