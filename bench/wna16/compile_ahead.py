@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from unittest.mock import patch
 
 import torch
-from sweep import MMA_TILES, SHARES, TILES
+from sweep import MMA_TILES, SHARES, tiles
 
 from lowbit.kernels.cuda import compiler, wna16_dequantize, wna16_layout, wna16_mma, wna16_wgmma
 from lowbit.kernels.cuda.device import Gpu
@@ -66,15 +66,11 @@ def wanted(forms: Sequence[FastForm], dtypes: Sequence[torch.dtype]) -> list[Wan
                 wna16_dequantize.kernel(form, dtype, device)
             for bits in {"int2": (2,), "int4": (4, 3), "int8": (8, 6), "lut": (16,)}[form.codes]:
                 wna16_layout.layout_kernel(form, bits, device)
-    for tile in (tile for tiles in TILES.values() for tile in tiles):
-        found["wna16_wgmma.cu", wna16_wgmma.wgmma_defines(FORMS[0], torch.bfloat16, tile)] = None
-    for form, (size, shares) in product(forms[1:3], SHARES.items()):
-        for share in shares:
-            tile = wna16_wgmma.tile_for(form, size, *share[:3], wna16_wgmma.scales_sums_of(form, size))
-            if tile.stages >= 3:
-                found["wna16_wgmma.cu", wna16_wgmma.wgmma_defines(form, torch.bfloat16, tile)] = None
-    for numbers in MMA_TILES:
-        found["wna16_mma.cu", wna16_mma.mma_defines(FORMS[0], torch.bfloat16, wna16_mma.Tile(*numbers))] = None
+    for form, tokens in product(forms[:3], SHARES):
+        for tile in tiles(form, tokens):
+            found["wna16_wgmma.cu", wna16_wgmma.wgmma_defines(form, torch.bfloat16, tile)] = None
+    for form, numbers in product(forms[:3], MMA_TILES):
+        found["wna16_mma.cu", wna16_mma.mma_defines(form, torch.bfloat16, wna16_mma.Tile(*numbers))] = None
     return list(found)
 
 

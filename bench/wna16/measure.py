@@ -10,6 +10,7 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -22,7 +23,10 @@ KERNELS = ("cuda_mma", "cuda_wgmma", "cuda_dequantize")
 
 
 def whole_weight_rows(shape: str, scheme: str) -> list[bench.Row]:
-    """GB/s (read and written) of making the fast layout, and of dequantizing beside a copy that moves as much."""
+    """GB/s (read and written) of making the fast layout, and of dequantizing beside a copy that moves as much.
+
+    The layout's time is the device's, from its first launch to its last, gaps between them included.
+    """
     (rows, columns), parsed = bench.SHAPES[shape], QuantScheme.parse(scheme)
     weights = [bench.random_weight(parsed, (rows, columns), seed) for seed in range(copies_of(rows * columns * 3))]
     found = []
@@ -40,11 +44,13 @@ def whole_weight_rows(shape: str, scheme: str) -> list[bench.Row]:
     for weight in weights * 2:
         layout.release(weight)
         torch.cuda.synchronize()
-        start = time.perf_counter()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
         wna16_layout.fast(weight)
+        end.record()
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    add("layout, host clock", sorted(times)[len(times) // 2] * 1e6, 2 * weights[0].bytes)
+        times.append(start.elapsed_time(end) * 1e3)
+    add("layout", median(times), 2 * weights[0].bytes)
     return found
 
 
@@ -56,8 +62,7 @@ def main() -> None:
     wanted = [group for at in range(0, len(groups), 4) for group in product(*parts_of(groups[at : at + 4]))]
     for shape, scheme, tokens, names in wanted:
         peers.PEERS = tuple(peer for peer in known if peer.name in names)
-        ours = KERNELS if shape.startswith("8B") else KERNELS[:2]
-        for row in bench.rows_for(shape, scheme, tokens, ceilings, True, ours):
+        for row in bench.rows_for(shape, scheme, tokens, ceilings, True, KERNELS):
             rows.append(row)
             error = f" error {row.error:.1e} cold {row.cold_us:.1f}" if row.error is not None else ""
             print(f"{shape} {scheme} M={row.M} {row.kernel}: {row.us:.1f} us {row.gbps:.0f} GB/s{error}", flush=True)

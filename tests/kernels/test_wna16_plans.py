@@ -13,6 +13,7 @@ from lowbit.kernels.layout import FastForm
 H200 = Gpu((9, 0), 132, 232448)
 ROWS = json.loads(wna16_plans.ROWS.read_text(encoding="utf-8"))
 INT4, NF4, CUDA = FastForm("int4", 128, False), FastForm("lut", 64, False), torch.device("cuda", 0)
+FORMS = {"int4": INT4, "lut": NF4, "int8": FastForm("int8", 128, False)}
 
 
 class _Kernel:
@@ -31,15 +32,15 @@ def _on_an_h200(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module.plan_of.cache_clear()
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['kernel']}-{row['N']}x{row['K']}-{row['tokens']}")
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: f"{row['kernel']}-{row['codes']}-{row['N']}x{row['K']}-{row['tokens']}"
+)
 def test_a_measured_plan_is_taken_and_fits(row: dict) -> None:
     shape, module = (row["N"], row["K"]), wna16_wgmma if row["kernel"] == "wgmma" else wna16_mma
-    plan = module.plan_of(INT4, shape, row["tokens"], torch.bfloat16, CUDA)
+    plan = module.plan_of(FORMS[row["codes"]], shape, row["tokens"], torch.bfloat16, CUDA)
     assert plan.shared_bytes <= H200.shared_bytes
     if module is wna16_wgmma:
-        assert (plan.tile.warpgroups, plan.tile.blocks, plan.tile.cluster) == (
-            *(row["warpgroups"], row["blocks"], row["cluster"]),
-        )
+        assert (plan.tile.warpgroups, plan.tile.blocks) == (row["warpgroups"], row["blocks"])
         assert plan.workers - plan.parts == row["workers"]
 
 

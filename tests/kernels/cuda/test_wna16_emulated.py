@@ -80,6 +80,7 @@ MMA = (
     (900, True, "nf4-b64", (8, 40, 640), BFLOAT),  # the table among the rings
     (900, False, "w8a16-g64-asym", (2, 104, 2176), BFLOAT),  # rings refilled, late copies
     (900, True, "w2a16-g16", (20, 24, 256), HALF),  # token blocks; fewer records than warps
+    (900, True, "w4a16-g128", (1, 16, 1024), BFLOAT),  # a block without rows
     (900, False, "nf4-b64", (16, 24, 10240), BFLOAT),  # a cluster that splits K, with a table
     (800, False, "w4a16-g128-asym", (16, 40, 6144), BFLOAT),  # partial sums and wna16_sum; cp.async
     (800, True, "w8a16", (1, 40, 257), HALF),  # odd K, no vectors
@@ -107,17 +108,6 @@ WGMMA = (
     (True, -6, "w4a16-g128", (70, 280, 640), BFLOAT),  # six workers finish two tiles together
     (False, -4, "w4a16-g64-asym", (40, 280, 640), HALF),
 )
-
-
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize(("workers", "spread"), [(1, False), (3, False), (4, True)])
-def test_two_blocks_of_wgmma_may_share_x(
-    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, workers: int, spread: bool, eager: bool
-) -> None:
-    emulate(900, eager)
-    monkeypatch.setattr(wna16_wgmma, "tiles_of", lambda form, tokens: (wna16_wgmma.Tile(16, 4, 3, 1, cluster=2),))
-    monkeypatch.setattr(wna16_wgmma, "workers_of", lambda tile, *sizes: [(workers, spread)])
-    check(wna16_wgmma._linear, "w4a16-g64-asym", (20, 880, 1024), BFLOAT)
 
 
 @pytest.mark.parametrize(("eager", "workers", "scheme", "shape", "dtype"), WGMMA)
@@ -163,3 +153,16 @@ def test_layout_and_dequantize_are_their_twins(emulate: Emulate, scheme: str) ->
     w = wna16_dequantize._dequantize(fast_of(weight), weight.shape, BFLOAT)
     rtol = 2**-7 if form.codes == "lut" else 0  # an absmax of 11 bits may move a rounding by one
     torch.testing.assert_close(w, weight.dequantize(BFLOAT), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_product_may_go_by_parts_of_the_dequantized_weight(
+    emulate: Emulate, monkeypatch: pytest.MonkeyPatch, has_bias: bool
+) -> None:
+    emulate(900, True)
+    monkeypatch.setattr(wna16_dequantize, "_PART_BYTES", 2 * 300 * 320)
+    weight, x = weight_of("w4a16-g64", 600, 320, BFLOAT), random(5, 320, dtype=BFLOAT, seed=1)
+    bias = random(600, dtype=BFLOAT, seed=2) if has_bias else None
+    y = wna16_dequantize._linear(x, fast_of(weight), weight.shape, bias)
+    expected = torch.nn.functional.linear(x, weight.dequantize(BFLOAT), bias)
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=1e-3)

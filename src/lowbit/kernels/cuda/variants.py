@@ -64,7 +64,7 @@ def _wna16() -> tuple[Variant, ...]:
                 (int4, half, WgmmaTile(16, 4, 5, 2)),
                 (nf4, bfloat, WgmmaTile(32, 2, 4, 1)),
                 (int8, bfloat, WgmmaTile(64, 4, 3, 1)),
-                (int4, bfloat, WgmmaTile(128, 4, 4, 1, cluster=2)),
+                (int4, bfloat, WgmmaTile(128, 4, 4, 1)),
             )
         ),
         Variant("wna16_layout.cu", "wna16_layout", (*form_defines(int4), ("BITS", 3))),

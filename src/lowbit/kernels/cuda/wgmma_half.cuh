@@ -22,18 +22,12 @@ DEVICE u64 descriptor(u32 low) { return (1ull << 62) | (64ull << 32) | low; }
 
 struct alignas(64) TensorMap { unsigned char opaque[128]; };  // CUtensorMap (tensor_map.py)
 
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 // the box of a map from a byte of the row and a row, swizzled; counted on the barrier
 DEVICE void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(map), "r"(byte), "r"(row), "r"(barrier) : "memory");
-}
-
-// the same into the same place of both blocks of a cluster, counted on the barrier of each
-DEVICE void copy_box_to_both(u32 to, const TensorMap* map, int byte, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(to), "l"(map), "r"(byte), "r"(row), "r"(barrier), "h"(static_cast<u16>(3)) : "memory");
 }
 
 // two products, each rounded to nearest even

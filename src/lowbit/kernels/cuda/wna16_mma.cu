@@ -12,206 +12,11 @@
 // Slot of warp w and unit u: u + w. Then the slots of a unit are added in the order of the warps: no atomics, the same
 // bits every time.
 //
-// Every warp has a ring of STAGES steps of its own, filled by the copy engine (sm_90: one lane asks for a record and a
-// barrier tells when it has come; sm_80: cp.async; sm_75: no ring, plain loads). Filling starts before the kernel
-// before has finished: the weight does not depend on it, x does.
-//
-// x, the slice of K that the block needs, lies in shared memory whole, with its sum over each group. Where it does not
+// Every warp has a ring of records of its own (wna16_ring.cuh); x lies in shared memory (wna16_x.cuh). Where it does not
 // fit, `splits` blocks share the units, each a slice of K. On sm_90 they are a cluster and add up through each other's
 // shared memory; elsewhere they write float32 partial sums that `wna16_sum` adds. More than 8 TOKEN_TILES tokens:
 // blockIdx.y. The sum of a group is scaled after it is added up, so codes and x meet exactly in the products.
-#include "wna16_record.cuh"
-
-// WARPS, ROW_TILES (strips a warp works on at once), TOKEN_TILES (8 tokens each), STAGES
-constexpr int THREADS = 32 * WARPS;
-constexpr int UNIT_ROWS = STRIP * ROW_TILES;
-constexpr int TOKENS = 8 * TOKEN_TILES;
-constexpr int STEP_BYTES = RECORD_BYTES * ROW_TILES;
-constexpr int SUM_PITCH = UNIT_ROWS + 4;  // floats; 4 apart so that the four columns of a lane's quad differ in bank
-#if __CUDA_ARCH__ >= 800
-constexpr int RING_BYTES = STEP_BYTES * STAGES * WARPS;
-#else
-constexpr int RING_BYTES = 0;
-#endif
-// shared memory: ring | barriers | x | sums of x | slots; with a table, FRONT warps' rings | table | rings | barriers ...
-constexpr int FRONT_BYTES = TABLE_ADDRESS - 1024;  // up to the table; the system may own the first KiB
-constexpr int FITTING = FRONT_BYTES / (STEP_BYTES * STAGES);
-constexpr int FRONT = IS_LUT && RING_BYTES ? (FITTING < WARPS ? FITTING : WARPS) : 0;
-constexpr int BARRIER_BYTES = (8 * STAGES * WARPS + 15) / 16 * 16;
-
-SHARED_MEMORY(16);
-
-// in a cluster the upper byte of a shared address is the block's rank: keep it (without: "illegal instruction")
-DEVICE u32 table_address() { return (shared_address(shared) & 0xFF000000u) + TABLE_ADDRESS; }
-DEVICE u8* table_of_block() { return shared + (table_address() - shared_address(shared)); }
-DEVICE u8* after_table() { return IS_LUT ? table_of_block() + TABLE_WORDS * 4 : shared; }
-DEVICE u8* ring_of(int warp) {
-    return warp < FRONT ? shared + warp * STAGES * STEP_BYTES : after_table() + (warp - FRONT) * STAGES * STEP_BYTES;
-}
-DEVICE u8* barriers_of_block() { return after_table() + RING_BYTES - FRONT * STAGES * STEP_BYTES; }
-DEVICE u8* x_of_block() { return barriers_of_block() + BARRIER_BYTES; }
-
-// What a block does: local units 0..count-1, of which i is unit first + i stride; records begin..end-1 of K.
-struct Work {
-    int first, stride, count, records, begin, end, per_round, rounds;
-
-    DEVICE int length() const { return end - begin; }
-    DEVICE int in_round(int round) const { return min(per_round, count - round * per_round) * length(); }
-    // the warp whose run holds record `index` of a round of `total` records
-    DEVICE static int warp_of(int index, int total) { return ((index + 1) * WARPS - 1) / total; }
-};
-
-// A warp's place in its runs, round by round.
-struct Cursor {
-    int round, left, local, record;  // left: records to go in this run; local: unit; record: of K
-
-    DEVICE void start(const Work& work, int warp, int first_round) {
-        left = 0;
-        for (round = first_round; round < work.rounds; ++round) {
-            int total = work.in_round(round), index = total * warp / WARPS;
-            left = total * (warp + 1) / WARPS - index;
-            local = round * work.per_round + index / work.length(), record = work.begin + index % work.length();
-            if (left) break;
-        }
-    }
-    DEVICE bool step(const Work& work) {  // to the next record of the run; true where that is in another unit
-        --left;
-        bool crossed = ++record == work.end;
-        if (crossed) record = work.begin, ++local;
-        return crossed;
-    }
-};
-
-// the records of a unit's strips lie side by side; of a last unit past the end, in the padding
-DEVICE const u8* record_at(const u8* records, const Work& work, int local, int record) {
-    const int strip = (work.first + local * work.stride) * ROW_TILES;
-    return records + record_index(strip, record, work.records) * RECORD_BYTES;
-}
-
-// The warp's ring of steps. `wait` waits for the oldest step; `refill` hands its place to the step STAGES ahead.
-struct Ring {
-    const u8* records;
-    u8* slots;
-    Cursor ahead;
-    int slot, lane, warp;
-#if __CUDA_ARCH__ >= 900
-    u32 barriers, parity;
-    u64 policy;
-#endif
-
-    DEVICE void start(const u8* weight, const Work& work, int warp_, int lane_) {
-        records = weight, warp = warp_, lane = lane_, slot = 0;
-        slots = ring_of(warp);
-        ahead.start(work, warp, 0);
-#if __CUDA_ARCH__ >= 900
-        barriers = shared_address(barriers_of_block()) + 8 * STAGES * warp, parity = 0, policy = evict_first_policy();
-        if (lane == 0) {
-            for (int i = 0; i < STAGES; ++i) barrier_init(barriers + 8 * i, 1);
-            barrier_init_fence();
-        }
-        __syncwarp();
-#endif
-#if __CUDA_ARCH__ >= 800
-        for (int i = 0; i < STAGES; ++i) fill(work, i);
-#endif
-    }
-
-    DEVICE void fill(const Work& work, int into) {
-#if __CUDA_ARCH__ >= 900
-        if (lane == 0 && ahead.left) {
-            barrier_expect(barriers + 8 * into, STEP_BYTES);
-            bulk_copy(shared_address(slots + into * STEP_BYTES), record_at(records, work, ahead.local, ahead.record),
-                      STEP_BYTES, barriers + 8 * into, policy);
-        }
-#elif __CUDA_ARCH__ >= 800
-        if (ahead.left) {
-            const u8* from = record_at(records, work, ahead.local, ahead.record);
-            u32 to = shared_address(slots + into * STEP_BYTES);
-            for (int byte = 16 * lane; byte < STEP_BYTES; byte += 512) copy_16(to + byte, from + byte);
-        }
-        copies_commit();
-#endif
-        if (ahead.left) ahead.step(work);
-        if (!ahead.left && ahead.round < work.rounds) ahead.start(work, warp, ahead.round + 1);
-    }
-
-    DEVICE void wait() {
-#if __CUDA_ARCH__ >= 900
-        barrier_wait(barriers + 8 * slot, parity);
-#elif __CUDA_ARCH__ >= 800
-        copies_wait<STAGES - 1>();
-        __syncwarp();
-#endif
-    }
-
-    DEVICE const u8* tile(const Work& work, const Cursor& at, int tile) const {
-#if __CUDA_ARCH__ >= 800
-        return slots + slot * STEP_BYTES + tile * RECORD_BYTES;
-#else
-        return record_at(records, work, at.local, at.record) + tile * RECORD_BYTES;
-#endif
-    }
-
-    DEVICE void refill(const Work& work) {
-#if __CUDA_ARCH__ >= 800
-        __syncwarp();  // every lane has read the slot
-        fill(work, slot);
-        if (++slot == STAGES) {
-            slot = 0;
-#if __CUDA_ARCH__ >= 900
-            parity ^= 1;
-#endif
-        }
-#endif
-    }
-};
-
-DEVICE float sum_of_eight(uint4 v) {
-    float total = 0.f;
-    for (u32 word : {v.x, v.y, v.z, v.w}) total += from_x(static_cast<u16>(word)) + from_x(static_cast<u16>(word >> 16));
-    return total;
-}
-
-DEVICE uint4 eight_of_x(const u16* row, const int* order, int k, int K, bool vectors) {
-    if (vectors) return k < K ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0, 0, 0, 0);
-    u32 single[8];
-    for (int i = 0; i < 8; ++i) {
-        int from = k + i < K ? (order ? order[k + i] : k + i) : -1;
-        single[i] = from < 0 ? 0 : row[from];
-    }
-    return make_uint4(single[0] | single[1] << 16, single[2] | single[3] << 16, single[4] | single[5] << 16,
-                      single[6] | single[7] << 16);
-}
-
-// `tokens` rows of x, columns of the block's slice, to shared memory [token][pitch], past K zeros; and the sum of each
-// group, [group][TOKENS] floats. order: x[:, order[k]]. BATCH loads are in flight at once: one by one, each token took
-// 0.4 us more (H200, K = 4096).
-DEVICE void load_x(const u16* x, const int* order, int tokens, int K, const Work& work, int pitch, float* x_sums) {
-    constexpr int BATCH = 4;
-    u16* xs = reinterpret_cast<u16*>(x_of_block());
-    const int per_token = work.length() * (RECORD_K / 8), start = work.begin * RECORD_K, count = tokens * per_token;
-    const bool vectors = order == nullptr && K % 8 == 0 && (reinterpret_cast<size_t>(x) & 15) == 0;
-    for (int base = 0; base < count; base += BATCH * THREADS) {
-        uint4 v[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            int at = base + i * THREADS + threadIdx.x, token = at / per_token, column = 8 * (at - token * per_token);
-            v[i] = make_uint4(0, 0, 0, 0);
-            if (at < count) v[i] = eight_of_x(x + static_cast<size_t>(token) * K, order, start + column, K, vectors);
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            int at = base + i * THREADS + threadIdx.x, token = at / per_token, column = 8 * (at - token * per_token);
-            if (at < count) *reinterpret_cast<uint4*>(xs + token * pitch + column) = v[i];
-            if constexpr (HAS_OFFSET) {
-                float total = sum_of_eight(v[i]);
-#pragma unroll
-                for (int other = 1; other < GROUP / 8; other *= 2) total += __shfl_xor_sync(~0u, total, other);
-                if (at < count && column % GROUP == 0) x_sums[column / GROUP * TOKENS + token] = total;
-            }
-        }
-    }
-}
+#include "wna16_x.cuh"
 
 // table[byte][lane] = the two levels that the byte's codes stand for
 DEVICE void build_table(const u16* levels) {
@@ -312,6 +117,7 @@ wna16_mma(const u8* records, const u16* x, const int* order, const u16* levels, 
     Ring ring;
     ring.start(records, work, warp, lane);
     if constexpr (IS_LUT) build_table(levels);
+    const float unit_scale = *factor;  // here, not where it is used: 0.7 us from memory
 
     const int first_token = blockIdx.y * TOKENS, tokens = min(M - first_token, TOKENS);
     const int longest = (work.records + splits - 1) / splits, pitch = longest * RECORD_K + 8;
@@ -334,19 +140,19 @@ wna16_mma(const u8* records, const u16* x, const int* order, const u16* levels, 
         const int base = round * per_round, total = work.in_round(round), units = total / work.length();
         Sums acc = {};
         Cursor at;
-        at.start(work, warp, round);
+        at.start(records, work, warp, round);
         if (at.round == round) {
             while (true) {
                 ring.wait();
                 const u8* record[ROW_TILES];
 #pragma unroll
-                for (int tile = 0; tile < ROW_TILES; ++tile) record[tile] = ring.tile(work, at, tile);
+                for (int tile = 0; tile < ROW_TILES; ++tile) record[tile] = ring.tile(at, tile);
                 int column = at.record - work.begin;
                 multiply(acc, record, x_address + column * RECORD_K * 2, tile_pitch, x_sums + column * GROUPS * TOKENS,
                          lane, magic, table);
                 ring.refill(work);
                 int local = at.local;
-                if (at.step(work) || !at.left) deposit(acc, slots + (local - base + warp) * slot_words, tokens, lane);
+                if (at.step(records, work) || !at.left) deposit(acc, slots + (local - base + warp) * slot_words, tokens, lane);
                 if (!at.left) break;
             }
         }
@@ -371,7 +177,7 @@ wna16_mma(const u8* records, const u16* x, const int* order, const u16* levels, 
             }
             size_t at_y = static_cast<size_t>(first_token + token) * N + n;
             if (by_cluster) slots[(local + from) * slot_words + token * SUM_PITCH + row] = sum;
-            else if (n < N && splits == 1) y[at_y] = to_x(sum * *factor + (bias ? from_x(bias[n]) : 0.f));
+            else if (n < N && splits == 1) y[at_y] = to_x(sum * unit_scale + (bias ? from_x(bias[n]) : 0.f));
             else if (n < N) partial[static_cast<size_t>(split) * M * N + at_y] = sum;
         }
 #if __CUDA_ARCH__ >= 900
@@ -388,7 +194,7 @@ wna16_mma(const u8* records, const u16* x, const int* order, const u16* levels, 
                         shared_address(slots + (local + from) * slot_words + token * SUM_PITCH + row), rank);
                 }
                 size_t at_y = static_cast<size_t>(first_token + token) * N + n;
-                if (n < N) y[at_y] = to_x(sum * *factor + (bias ? from_x(bias[n]) : 0.f));
+                if (n < N) y[at_y] = to_x(sum * unit_scale + (bias ? from_x(bias[n]) : 0.f));
             }
             cluster_sync();  // nobody leaves while others read its slots
         } else

@@ -42,7 +42,8 @@ class Tile:
         if form.codes != "lut":
             return ring * self.warps + barriers
         front = min(self.warps, (_TABLE_BYTES - _RESERVED_SHARED) // ring) if ring else 0
-        return 2 * _TABLE_BYTES + ring * (self.warps - front) + barriers
+        start = _RESERVED_SHARED if major >= 9 else 0  # dynamic shared memory begins behind it
+        return 2 * _TABLE_BYTES - start + ring * (self.warps - front) + barriers
 
     def x_and_slot_bytes(self, form: FastForm, records: int, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
         """Shared bytes of x with its sums, for a slice of so many records, and of one slot of sums."""
@@ -144,7 +145,9 @@ def plan_for(
     kernel = load_kernel(
         "wna16_mma.cu", "wna16_mma", _PARAMETERS, device, mma_defines(form, dtype, tile), gpu.shared_bytes
     )
-    workers = min(units, max(1, gpu.processors // splits))
+    workers = max(1, gpu.processors // splits)
+    if tile.blocks == 1 or 2 * units < workers:  # else all: two blocks of the next launch would share an empty place
+        workers = min(units, workers)
     per_round = min(-(-units // workers), slots - tile.warps)
     shared = fixed + x_bytes + (per_round + tile.warps) * slot_bytes
     block, cluster = (32 * tile.warps, 1, 1), splits if clusters and splits <= _MOST_IN_CLUSTER else 1

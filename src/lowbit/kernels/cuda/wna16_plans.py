@@ -2,8 +2,9 @@
 
     {"kernel": "wgmma", "processors": 132, "codes": "int4", "N": 28672, "K": 4096, "tokens": 16, "us": 21.4, ...}
 
-tokens: of the tile; up to so many rows of x the row speaks, from the next smaller tile's on. The rest is the plan, in
-the kernel's own words. A shape without a row is left to the kernel's estimate.
+tokens: of the tile, or of the tiles beside each other; up to so many rows of x the row speaks, down to the next smaller
+number of tokens that tiles have. The rest is the plan, in the kernel's own words. A shape without a row is left to the
+kernel's estimate.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Launches of wna16_wgmma.cu: from a few tokens to some thousand, on sm_90.
 
-A worker, one block or a cluster of two, multiplies tiles of 64 rows a warpgroup by some tokens. All workers get the
+A worker is a block; it multiplies tiles of 64 rows a warpgroup by some tokens. All workers get the
 same number of steps along K, so a tile may be split anywhere; then its sums pass from worker to worker through memory.
 A plan says which tile, how many workers, and how many whole tiles each does besides.
 """
@@ -30,21 +30,19 @@ _MOST_PIECES, _PIECES_BYTES = 96, 1920  # of tiles in one block; a list of them 
 class Tile:
     """Compile-time shape: tokens, warpgroups (64 rows each), records and stages of x in flight, blocks per SM.
 
-    cluster: blocks (1 or 2) that work as one of so many times the rows, and share x. scales_sums: scales meet the sums
-    of a group, not the weights.
+    scales_sums: scales meet the sums of a group, not the weights.
     """
 
     tokens: int
     warpgroups: int
     stages: int
     blocks: int
-    cluster: int = 1
     scales_sums: bool = False
 
     @property
     def rows(self) -> int:
         """Rows of a tile."""
-        return 64 * self.warpgroups * self.cluster
+        return 64 * self.warpgroups
 
     def stage_bytes(self, form: FastForm) -> int:
         """Shared memory of a stage: 128 columns of x and of the records."""
@@ -56,13 +54,11 @@ class Tile:
         return _aligned(self.stages * self.stage_bytes(form)) + barriers + _table_bytes(form)
 
 
-def tile_for(
-    form: FastForm, tokens: int, warpgroups: int, blocks: int = 1, cluster: int = 1, scales_sums: bool = False
-) -> Tile:
+def tile_for(form: FastForm, tokens: int, warpgroups: int, blocks: int = 1, scales_sums: bool = False) -> Tile:
     """The tile with as many stages as its share of a multiprocessor's shared memory holds, 8 at most."""
     share = _SHARED_BYTES // blocks - 1024 - _PIECES_BYTES - _table_bytes(form) - 256
-    bytes_each = Tile(tokens, warpgroups, 0, blocks, cluster).stage_bytes(form)
-    return Tile(tokens, warpgroups, min(8, share // bytes_each), blocks, cluster, scales_sums)
+    bytes_each = Tile(tokens, warpgroups, 0, blocks).stage_bytes(form)
+    return Tile(tokens, warpgroups, min(8, share // bytes_each), blocks, scales_sums)
 
 
 def _table_bytes(form: FastForm) -> int:
@@ -125,8 +121,8 @@ def _linear(x: Tensor, weight: FastWeight, shape: tuple[int, int], bias: Tensor 
     results = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 0 if partial is None else partial.data_ptr())
     arguments = (*tensors, *results, tokens, rows, columns, plan.waves, plan.token_tiles, plan.parts)
     overlaps, stream = gpu_of(x.device).overlaps_launches, current_stream(x.device)
-    grid, block = (plan.workers * plan.tile.cluster, 1, 1), (128 * plan.tile.warpgroups, 1, 1)
-    plan.kernel.launch(grid, block, arguments, plan.shared_bytes, stream, overlaps, plan.tile.cluster)
+    grid, block = (plan.workers, 1, 1), (128 * plan.tile.warpgroups, 1, 1)
+    plan.kernel.launch(grid, block, arguments, plan.shared_bytes, stream, overlaps)
     return y
 
 
@@ -148,12 +144,11 @@ def plan_of(form: FastForm, shape: tuple[int, int], tokens: int, dtype: torch.dt
 def _known(form: FastForm, shape: tuple[int, int], tokens: int, processors: int) -> tuple[Tile, int, bool] | None:
     """(tile, workers, spread) that was measured for these codes, else for int4, or None."""
     size = tokens_of_tile(tokens)
-    if tokens > size:
-        return None
+    of_tiles = -(-tokens // size) * size
     for codes in (form.codes, "int4"):
-        if row := measured_plan("wgmma", processors, codes, shape, size):
+        if row := measured_plan("wgmma", processors, codes, shape, of_tiles):
             scales_sums = row["scales_sums"] if codes == form.codes else scales_sums_of(form, size)
-            tile = tile_for(form, size, row["warpgroups"], row["blocks"], row["cluster"], scales_sums)
+            tile = tile_for(form, size, row["warpgroups"], row["blocks"], scales_sums)
             if tile.stages >= _LEAST_STAGES:
                 return tile, row["workers"], row["spread"]
     return None
@@ -193,12 +188,11 @@ def waves_of(tiles: int, workers: int) -> tuple[int, bool]:
 def workers_of(tile: Tile, shape: tuple[int, int], tokens: int, processors: int) -> list[tuple[int, bool]]:
     """(workers, spread) worth trying: all workers that run at once, and those that split each tile evenly."""
     tiles, steps = tiles_in(tile, shape, tokens), -(-shape[1] // 128)
-    one_each = processors // tile.cluster
-    most = one_each * tile.blocks
+    most = processors * tile.blocks
     even = [(tiles * parts, True) for parts in range(2, min(steps, most // max(tiles, 1)) + 1)]
     least = -(-tiles // (_MOST_PIECES - 4))  # beyond thousands of tokens more workers than run at once
-    whole = -(-tiles // -(-tiles // one_each))  # as few as finish whole tiles in as many rounds as all would
-    alone = {max(least, min(workers, tiles * steps)) for workers in (one_each, most, whole)}
+    whole = -(-tiles // -(-tiles // processors))  # as few as finish whole tiles in as many rounds as all would
+    alone = {max(least, min(workers, tiles * steps)) for workers in (processors, most, whole)}
     return [*((workers, False) for workers in sorted(alone)), *even]
 
 
@@ -231,8 +225,8 @@ def _cost_us(tile: Tile, shape: tuple[int, int], tokens: int, workers: int, spre
     longest = -(-shared // workers) + waves * steps
     others = -(-workers * steps // max(shared, 1))  # that a tile's last worker takes sums over from
     handed = 0.0 if whole else 2.0 + tile.tokens / 64 if spread else 1.5 + others * (0.7 + tile.tokens / 32)
-    at_once = -(-workers * tile.cluster // processors)
-    busy = min(max(workers * tile.cluster / processors, 0.84), 1.0) if tile.tokens == 128 else 1.0
+    at_once = -(-workers // processors)
+    busy = min(max(workers / processors, 0.84), 1.0) if tile.tokens == 128 else 1.0
     return longest * _STEP_US[tile.tokens] * busy * at_once + 3.5 + handed
 
 
@@ -243,7 +237,6 @@ def wgmma_defines(form: FastForm, dtype: torch.dtype, tile: Tile) -> Defines:
         *tiles,
         ("STAGES", tile.stages),
         ("BLOCKS", tile.blocks),
-        ("CLUSTER", tile.cluster),
         ("SCALED", int(tile.scales_sums)),
     )
     return (*form_defines(form), ("XTYPE", int(dtype == torch.bfloat16)), *shape)
