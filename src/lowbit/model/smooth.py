@@ -19,7 +19,7 @@ from lowbit.model.smooth_experts import smooth_experts
 from lowbit.numerics.scheme import QuantScheme
 from lowbit.observe.blocks import Block
 
-SAMPLE = 2048  # tokens that judge a smoothing
+SAMPLE = 512  # tokens that judge a smoothing
 ROWS = 8192  # of the readers' weights, evenly spread, that are judged: experts have many
 MOST_COMPANY = 4  # parameters that may read what a group reads; all their subsets are tried
 
