@@ -3,15 +3,18 @@
 //     scale = max|x| / 127.5 in float32, rounded to x's type; its epsilon where that is 0
 //     code  = the nearest integer to x / scale, ties to even, within -128 .. 127
 //
-// x / scale is rounded correctly by one Newton step from x rn(1 / scale): a quotient of 11-bit numbers stays away from
-// the midpoints of float32 numbers (Markstein, IBM J. R&D 34, 1990). A tiny scale is lifted first, so that its reciprocal
-// is finite. Adding 1.5 x 2^23 to a value leaves its nearest integer in the low byte.
+// What decides is whether x / scale is a tie, n + 1/2: two numbers of 11 bits (8 in bfloat16) whose quotient is none stay
+// 2^-12 away from all. So x rn(1 / scale) + 1536, which is a multiple of 2^-13 and errs by less than 2^-13, tells ties from
+// others, and adding 1.5 x 2^23 - 1536 leaves the nearest integer in the low byte (all pairs tried). Nothing is below -128
+// unless the scale is subnormal; a tiny scale is lifted first, so that its reciprocal is finite.
 // KIND says the type of x: 1 float16, 2 bfloat16. A chunk is 16 bytes: 8 values, the first in the lowest bits.
 #pragma once
 #include "int8_epilogue.cuh"
 
 // epsilon of x's type
 constexpr float SCALE_OF_ZEROS = KIND == 1 ? 0.0009765625f : 0.0078125f;
+// the least scale that has all bits of its type, and whose reciprocal is finite
+constexpr float LEAST_NORMAL = KIND == 1 ? 6.103515625e-05f : 5.421010862427522e-20f;
 constexpr int CHUNK = 8;
 
 __device__ __forceinline__ float widened(unsigned short bits) { return KIND == 1 ? half_value(bits) : bfloat_value(bits); }
@@ -29,26 +32,30 @@ __device__ __forceinline__ unsigned largest(uint4 chunk) {
     return __float_as_uint(fmaxf(low(two), high(two)));
 }
 
-struct Grid { float scale, lift, lifted, inverse; };
+struct Grid { float scale, lift, inverse; bool is_tiny; };
 
 __device__ __forceinline__ Grid grid_of(unsigned largest_bits) {
     float scale = __fdiv_rn(__uint_as_float(largest_bits), 127.5f);
     scale = widened(KIND == 1 ? half_bits(scale) : bfloat_bits(scale));
     if (scale == 0.0f) scale = SCALE_OF_ZEROS;
     float lift = scale < 5.421010862427522e-20f ? 18446744073709551616.0f : 1.0f;  // 2^-64, 2^64
-    return {scale, lift, scale * lift, __fdiv_rn(1.0f, scale * lift)};
+    return {scale, lift, __fdiv_rn(1.0f, scale * lift), scale < LEAST_NORMAL};
 }
 
-__device__ __forceinline__ unsigned code_of(float y, Grid g) {
-    y *= g.lift;
-    float first = y * g.inverse, quotient = fmaf(fmaf(-first, g.lifted, y), g.inverse, first);
-    return __float_as_uint(fminf(fmaxf(quotient, -128.0f), 127.0f) + 12582912.0f) & 0xffu;
+// In the low byte of the result.
+template <bool TINY> __device__ __forceinline__ unsigned code_of(float y, Grid g) {
+    float lifted = fminf(fmaf(TINY ? y * g.lift : y, g.inverse, 1536.0f), 1536.0f + 127.0f);
+    if (TINY) lifted = fmaxf(lifted, 1536.0f - 128.0f);
+    return __float_as_uint(lifted + (12582912.0f - 1536.0f));
 }
 
-__device__ __forceinline__ unsigned four_codes(unsigned a, unsigned b, Grid g) {
-    return code_of(low(a), g) | code_of(high(a), g) << 8 | code_of(low(b), g) << 16 | code_of(high(b), g) << 24;
+template <bool TINY> __device__ __forceinline__ unsigned four_codes(unsigned a, unsigned b, Grid g) {
+    unsigned first = __byte_perm(code_of<TINY>(low(a), g), code_of<TINY>(high(a), g), 0x0040);
+    unsigned second = __byte_perm(code_of<TINY>(low(b), g), code_of<TINY>(high(b), g), 0x0040);
+    return __byte_perm(first, second, 0x5410);
 }
 
 __device__ __forceinline__ uint2 codes_of(uint4 chunk, Grid g) {
-    return make_uint2(four_codes(chunk.x, chunk.y, g), four_codes(chunk.z, chunk.w, g));
+    if (g.is_tiny) return make_uint2(four_codes<true>(chunk.x, chunk.y, g), four_codes<true>(chunk.z, chunk.w, g));
+    return make_uint2(four_codes<false>(chunk.x, chunk.y, g), four_codes<false>(chunk.z, chunk.w, g));
 }
